@@ -1,0 +1,203 @@
+"""Settings of the service, and the only reader of the environment.
+
+Order, later wins: defaults, the TOML file, `DEEPSEEK_<SECTION>_<KEY>` variables, command-line flags.
+An unknown key is an error that names it. `docs/configuration.md` has a heading for each key.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from deepseek_api_compat.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ENV_PREFIX = "DEEPSEEK_"
+DEFAULT_MODEL = "smollm2-135m-instruct"
+STAND_IN_ALIASES = ["deepseek-v3", "deepseek-chat"]
+
+
+class Section(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Base of all sections: plain data, unknown keys refused."""
+
+
+class ServerSettings(Section):
+    """`[server]`: where the service listens and how patient it is. Times in seconds, sizes in bytes."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    workers: int = 1
+    data_dir: str = "~/.local/share/deepseek-api"
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    public_url: str | None = None
+    max_body_bytes: int = 32 * 1024 * 1024
+    header_timeout: float = 10.0
+    body_timeout: float = 30.0
+    keep_alive_timeout: float = 75.0
+    first_event_timeout: float = 10.0
+    keep_alive_interval: float = 10.0
+    drain_timeout: float = 30.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class LimitSettings(Section):
+    """`[limits]`: what one key, and the service as a whole, may ask for."""
+
+    requests_per_second: float = 100.0
+    burst_seconds: float = 1.0
+    max_queue: int = 128
+    queue_timeout: float = 300.0
+    max_n: int = 16
+    max_messages: int = 10_000
+
+
+class EngineSettings(Section):
+    """`[[models.engines]]`: one engine, or several replicas of one, behind a model name.
+
+    llamacpp: path, replicas, batch_size (slots), context (tokens per slot), threads, gpu_layers, embedding.
+    openai:   base_url, model (its name there), api_key_env, concurrency (0: no cap).
+    """
+
+    kind: Literal["llamacpp", "vllm", "sglang", "openai"]
+    path: str | None = None
+    replicas: int = 1
+    batch_size: int = 8
+    context: int = 0
+    threads: int = 0
+    gpu_layers: int = -1
+    embedding: bool = False
+    base_url: str | None = None
+    model: str | None = None
+    api_key_env: str | None = None
+    concurrency: int = 0
+    connect_timeout: float = 5.0
+    read_timeout: float = 600.0
+
+
+class ModelSettings(Section):
+    """`[[models]]`: a name that clients use, and the engines behind it."""
+
+    name: str
+    aliases: list[str] = []
+    format: str = "auto"
+    profile: Literal["openai", "deepseek"] = "openai"
+    temperature_mapping: bool = False
+    engines: list[EngineSettings] = []
+
+
+class Settings(Section):
+    """All settings. `models` is empty until a model is configured; then the default one is used."""
+
+    server: ServerSettings = ServerSettings()
+    limits: LimitSettings = LimitSettings()
+    models: list[ModelSettings] = []
+
+    @property
+    def data_dir(self) -> Path:
+        return Path(self.server.data_dir).expanduser().absolute()
+
+
+def cache_dir() -> Path:
+    """Where prepared models are kept, shared by all data directories."""
+    base = os.environ.get("DEEPSEEK_CACHE_DIR")
+    return Path(base).expanduser() if base else Path("~/.cache/deepseek-api").expanduser()
+
+
+def secret_from_env(name: str) -> str:
+    """The value of variable `name`; raises ConfigError if it is unset or empty."""
+    value = os.environ.get(name, "")
+    if not value:
+        raise ConfigError(f"The environment variable {name} is not set, but the configuration names it.")
+    return value
+
+
+def load(
+    path: str | None = None,
+    *,
+    flags: Mapping[str, Mapping[str, Any]] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Merge file, environment and flags (`{"server": {"port": 8001}}`; None values are skipped)."""
+    raw: dict[str, Any] = _read_file(path) if path else {}
+    _merge(raw, _from_environment(os.environ if environ is None else environ))
+    _merge(raw, {k: {f: v for f, v in s.items() if v is not None} for k, s in (flags or {}).items()})
+    try:
+        settings = msgspec.convert(raw, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"Configuration{f' {path}' if path else ''}: {error}.") from None
+    _check(settings)
+    return settings
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"Can't read the configuration {path}: {error.strerror}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"The configuration {path} is not valid TOML: {error}.") from None
+
+
+_SECTIONS: dict[str, type[Section]] = {"server": ServerSettings, "limits": LimitSettings}
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for variable, value in environ.items():
+        for section, struct in _SECTIONS.items():
+            prefix = f"{ENV_PREFIX}{section.upper()}_"
+            if not variable.startswith(prefix):
+                continue
+            key = variable[len(prefix) :].lower()
+            if key not in struct.__struct_fields__:
+                raise ConfigError(f"The environment variable {variable} names no setting: [{section}] has no {key}.")
+            found.setdefault(section, {})[key] = value
+    return found
+
+
+def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for section, values in other.items():
+        target = into.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"Configuration: [{section}] must be a table.")
+        target.update(values)
+
+
+def _check(settings: Settings) -> None:
+    server, limits = settings.server, settings.limits
+    rules = [
+        (0 <= server.port <= 65535, "server.port must be between 0 and 65535"),
+        (1 <= server.workers <= 64, "server.workers must be between 1 and 64"),
+        (bool(server.tls_cert) == bool(server.tls_key), "server.tls_cert and server.tls_key go together"),
+        (server.max_body_bytes >= 1024, "server.max_body_bytes must be at least 1024"),
+        (limits.requests_per_second >= 0, "limits.requests_per_second can't be negative (0 means no limit)"),
+        (1 <= limits.max_n <= 128, "limits.max_n must be between 1 and 128"),
+        (0 <= limits.max_queue <= 4000, "limits.max_queue must be between 0 and 4000"),
+    ]
+    for model in settings.models:
+        where = f"models.{model.name}"
+        rules.append((bool(model.engines), f"{where} has no engine: add a [[models.engines]] table"))
+        for engine in model.engines:
+            if engine.kind == "openai":
+                rules.append((bool(engine.base_url), f"{where}: an engine of kind openai needs base_url"))
+            elif engine.kind == "llamacpp":
+                rules.append((bool(engine.path), f"{where}: an engine of kind llamacpp needs path"))
+            rules.append((1 <= engine.replicas <= 64, f"{where}: replicas must be between 1 and 64"))
+            rules.append((1 <= engine.batch_size <= 256, f"{where}: batch_size must be between 1 and 256"))
+    names = [name for model in settings.models for name in (model.name, *model.aliases)]
+    for name in names:
+        rules.append((names.count(name) == 1, f"the model name {name!r} is used twice"))
+    for ok, problem in rules:
+        if not ok:
+            raise ConfigError(f"Configuration: {problem}.")

@@ -1,0 +1,88 @@
+"""The seam between the gateway and whatever computes tokens.
+
+Two kinds of engine stand behind it. A *token engine* takes prompt ids and gives ids and text; a
+*chat upstream* takes an OpenAI request and gives an OpenAI response, which the gateway relays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import msgspec
+
+from deepseek_api_compat.protocol.job import Job, Piece
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where an engine listens: `uds` (a Unix socket path) or `host` and `port`, TLS if `tls`.
+
+    `base` is the path in front of every request path ("" or like "/v1"); `headers` go with every request.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 80
+    uds: str | None = None
+    tls: bool = False
+    base: str = ""
+    headers: dict[str, str] = {}
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What a loaded token engine says about its model.
+
+    context: tokens that one request may use, prompt and answer together.
+    slots: requests that it generates for at the same time.
+    chat_template: Jinja source, or None. bos/eos: the text of those tokens ("" if none).
+    """
+
+    context: int
+    slots: int
+    chat_template: str | None = None
+    bos: str = ""
+    eos: str = ""
+
+
+class TokenEngine(Protocol):
+    """`prompt ids -> ids and text`. One object serves many concurrent jobs.
+
+    Every call raises `EngineUnavailable` when the engine can't be reached or dies before the
+    first piece, and `EngineFailed` when it breaks afterwards or answers nonsense.
+    """
+
+    async def info(self) -> ModelInfo: ...
+
+    async def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of `text`, no BOS added; `special`: spellings of control tokens become those tokens."""
+        ...
+
+    async def detokenize(self, ids: list[int]) -> str: ...
+
+    def stream(self, job: Job) -> AsyncIterator[Piece]:
+        """Pieces of the answer; the last has `finish`. Closing the iterator frees the engine's slot."""
+        ...
+
+    async def embed(self, inputs: list[list[int]]) -> list[list[float]]:
+        """One vector for each input. Raises InvalidRequest where the engine can't."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class EngineState(msgspec.Struct, frozen=True):
+    """A replica as the supervisor sees it; pushed to workers, printed by `engines list`.
+
+    state: starting | ready | failed | stopped (backoff counts as starting).
+    """
+
+    model: str
+    replica: int
+    kind: str
+    state: str
+    endpoint: Endpoint
+    pid: int | None = None
+    detail: str = ""
+    info: ModelInfo | None = None
+
+
+JsonObject = dict[str, Any]
