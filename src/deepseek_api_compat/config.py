@@ -113,6 +113,11 @@ def cache_dir() -> Path:
     return Path(base).expanduser() if base else Path("~/.cache/deepseek-api").expanduser()
 
 
+def master_key_from_env() -> str | None:
+    """`DEEPSEEK_MASTER_KEY`, which nodes that share a key database set instead of a `master.key` file."""
+    return os.environ.get("DEEPSEEK_MASTER_KEY") or None
+
+
 def secret_from_env(name: str) -> str:
     """The value of variable `name`; raises ConfigError if it is unset or empty."""
     value = os.environ.get(name, "")
