@@ -7,7 +7,7 @@ import socketserver
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,9 @@ import pytest
 from deepseek_api_compat import control
 from deepseek_api_compat.cli import keys
 from deepseek_api_compat.errors import SetupError
-from deepseek_api_compat.security.admin import KeyAdmin, open_admin
+from deepseek_api_compat.security.admin import open_admin
 from deepseek_api_compat.security.keys import KeyTable, secret_key
+from deepseek_api_compat.store.base import KeyRecord
 
 Run = Callable[..., str]
 
@@ -78,27 +79,27 @@ def service(request: pytest.FixtureRequest, data_dir: Path) -> Iterator[Service 
     assert service.seen
 
 
-def admin_of(data_dir: Path) -> KeyAdmin:
+def stored(data_dir: Path) -> tuple[Sequence[KeyRecord], bytes]:
+    """The keys, and the master key."""
     admin = open_admin(data_dir)
+    records = admin.store.list()
     admin.close()
-    return admin
+    return records, admin.master
 
 
 def test_quiet_prints_the_key_and_nothing_else(run: Run, data_dir: Path, service: Service | None) -> None:
     printed = run("create", "alice", "--quiet")
     assert re.fullmatch(r"DSK-\w{12}-\w{43}\n", printed)
-    admin = admin_of(data_dir)
-    principal = KeyTable(admin.store.list(), admin.master).authenticate(f"Bearer {printed.strip()}".encode())
+    principal = KeyTable(*stored(data_dir)).authenticate(f"Bearer {printed.strip()}".encode())
     assert (principal.name, principal.role, principal.rps) == ("alice", "user", None)
 
 
 def test_json_prints_id_and_both_keys(run: Run, data_dir: Path, service: Service | None) -> None:
     created = json.loads(run("create", "bob", "--json", "--rps", "0", "--role", "metrics"))
     assert list(created) == ["id", "api_key", "secret_key"]
-    admin = admin_of(data_dir)
-    (record,) = admin.store.list()
+    (record,), master = stored(data_dir)
     assert (record.id, record.rps, record.role) == (created["id"], 0, "metrics")
-    assert created["secret_key"] == secret_key(admin.master, record.id, 1)
+    assert created["secret_key"] == secret_key(master, record.id, 1)
 
 
 def test_a_person_is_told_that_the_key_is_shown_once(run: Run) -> None:
