@@ -1,0 +1,17 @@
+"""Shared by all tests. That this file is here also puts `tests/` on the path: `from fakes.x import ...`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+import uvloop
+
+
+@pytest.hookimpl(optionalhook=True)  # older versions of pytest-asyncio run everything under asyncio's loop
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """A module with `BOTH_LOOPS = True` runs its tests under asyncio's loop and under production's, uvloop."""
+    if getattr(item.getparent(pytest.Module).obj, "BOTH_LOOPS", False):
+        return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}
