@@ -113,6 +113,27 @@ def cache_dir() -> Path:
     return Path(base).expanduser() if base else Path("~/.cache/deepseek-api").expanduser()
 
 
+def huggingface_endpoint() -> str:
+    """Base URL of the Hugging Face Hub, or of the mirror that `HF_ENDPOINT` names."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def huggingface_token() -> str | None:
+    """The access token for gated repositories (`HF_TOKEN`)."""
+    return os.environ.get("HF_TOKEN") or None
+
+
+def modelscope_endpoint() -> str:
+    """Base URL of ModelScope: `MODELSCOPE_ENDPOINT`, or `MODELSCOPE_DOMAIN` as its own client reads it."""
+    base = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
+    return (base if "://" in base else f"https://{base}").rstrip("/")
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """This process's environment with `changes`, for a child that has settings of its own (pip, for one)."""
+    return {**os.environ, **changes}
+
+
 def master_key_from_env() -> str | None:
     """`DEEPSEEK_MASTER_KEY`, which nodes that share a key database set instead of a `master.key` file."""
     return os.environ.get("DEEPSEEK_MASTER_KEY") or None
