@@ -1,0 +1,135 @@
+"""`deepseek-api models`: what there is, fetching it, deleting it."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from deepseek_api_compat.errors import ModelError
+from deepseek_api_compat.models import catalogue, prepared, shelf
+from deepseek_api_compat.models.catalogue import CATALOGUE, Entry
+from deepseek_api_compat.models.progress import Progress, size
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_ASK_ABOVE = 50 * catalogue.GB
+_EPILOG = "Models are kept in ~/.cache/deepseek-api (DEEPSEEK_CACHE_DIR changes that) for all your services."
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `models`; each of its commands sets `run`, a function from the arguments to the exit code."""
+    parser = subparsers.add_parser(
+        "models",
+        help="list, fetch and delete models",
+        description="See which models there are, fetch them by name, delete them.",
+        epilog=_EPILOG,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = commands.add_parser("list", help="what there is, what each is good for and what it needs")
+    command.add_argument("--json", action="store_true", help="all fields, for scripts")
+    command.set_defaults(run=_list)
+
+    command = commands.add_parser("pull", help="fetch a model", epilog=_EPILOG)
+    command.add_argument("name", metavar="NAME", help="a name that 'models list' shows")
+    command.add_argument(
+        "--from",
+        dest="source",
+        choices=("huggingface", "modelscope"),
+        default="huggingface",
+        help="where to fetch it, if both have it (default: huggingface; HF_ENDPOINT names a mirror)",
+    )
+    command.add_argument("--yes", action="store_true", help="fetch even more than 50 GB")
+    command.set_defaults(run=_pull)
+
+    command = commands.add_parser("rm", help="delete a fetched model")
+    command.add_argument("name", metavar="NAME", help="a name that 'models list' shows as ready")
+    command.set_defaults(run=_rm)
+
+
+def _list(args: argparse.Namespace) -> int:
+    if args.json:
+        text = msgspec.json.format(msgspec.json.encode([_fields(entry) for entry in CATALOGUE])).decode()
+    else:
+        # Wrapped for a person, one line for each model for grep.
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+        text = "\n".join(_table(width))
+    print(text)
+    return 0
+
+
+def _pull(args: argparse.Namespace) -> int:
+    entry = catalogue.find(args.name)
+    if entry.bytes > _ASK_ABOVE and not args.yes and not shelf.ready(entry.name):
+        raise ModelError(
+            f"{entry.name} is {size(entry.bytes)}, and serving it needs {entry.needs}; "
+            f"if you want that, run: deepseek-api models pull {entry.name} --yes."
+        )
+    path = prepared.pull(entry, Progress(), args.source)
+    print(f"{entry.name} is ready: {path}")
+    if entry.embedded:
+        print(f"Serve it with: deepseek-api serve --model-path {entry.name}")
+    return 0
+
+
+def _rm(args: argparse.Namespace) -> int:
+    entry = catalogue.find(args.name)
+    freed = shelf.remove(entry.name, Progress())
+    print(f"{entry.name}: {size(freed)} freed." if freed else f"{entry.name} was not on this machine.")
+    return 0
+
+
+def _fields(entry: Entry) -> dict[str, Any]:
+    ready = shelf.ready(entry.name)
+    fields: dict[str, Any] = msgspec.to_builtins(entry)
+    return {**fields, "ready": ready, "path": str(prepared.location(entry)) if ready else None}
+
+
+_HERE, _GPUS, _TOKENIZERS = (
+    "Run on this machine (embedded engine, llama.cpp)",
+    "DeepSeek, for GPU servers (vLLM or SGLang)",
+    "Tokenizers",
+)
+_HEADINGS = ("NAME", "SIZE", "LICENCE", "STATE", "GOOD FOR; NEEDS; WHERE FROM")
+
+
+def _table(width: int) -> Iterator[str]:
+    rows = {entry.name: _row(entry) for entry in CATALOGUE}
+    columns = list(zip(_HEADINGS, *rows.values(), strict=True))[:-1]
+    widths = [max(map(len, column)) for column in columns]
+    yield from _line(_HEADINGS, widths, width)
+    for group in (_HERE, _GPUS, _TOKENIZERS):
+        yield f"\n{group}"
+        for entry in CATALOGUE:
+            if _group(entry) == group:
+                yield from _line(rows[entry.name], widths, width)
+
+
+def _group(entry: Entry) -> str:
+    return _HERE if entry.embedded else _GPUS if entry.runs_on else _TOKENIZERS
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    state = "ready" if shelf.ready(entry.name) else "—"
+    about = f"{entry.good_for}; needs {entry.needs}; from {entry.source.where}"
+    return entry.name, size(entry.bytes), entry.licence.split(" (")[0], state, about
+
+
+def _line(row: tuple[str, ...], widths: list[int], width: int) -> Iterator[str]:
+    *cells, about = row
+    start = "  ".join(f"{cell:<{wide}}" for cell, wide in zip(cells, widths, strict=True)) + "  "
+    room = width - len(start)
+    if width and room < 24:  # too narrow for a fifth column: put it below
+        yield start.rstrip()
+        yield from textwrap.wrap(about, width, initial_indent="    ", subsequent_indent="    ")
+    else:
+        first, *more = textwrap.wrap(about, room) if width else [about]
+        yield start + first
+        yield from (" " * len(start) + line for line in more)
