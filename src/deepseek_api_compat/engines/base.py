@@ -6,7 +6,7 @@ Two kinds of engine stand behind it. A *token engine* takes prompt ids and gives
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
 import msgspec
@@ -58,8 +58,11 @@ class TokenEngine(Protocol):
 
     async def detokenize(self, ids: list[int]) -> str: ...
 
-    def stream(self, job: Job) -> AsyncIterator[Piece]:
-        """Pieces of the answer; the last has `finish`. Closing the iterator frees the engine's slot."""
+    def stream(self, job: Job) -> AsyncGenerator[list[Piece], None]:
+        """The answer, one list for all that one read brought; the last piece of the last list has `finish`.
+
+        Closing the generator (`aclose`, or cancelling a read) frees the engine's slot.
+        """
         ...
 
     async def embed(self, inputs: list[list[int]]) -> list[list[float]]:
