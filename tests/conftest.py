@@ -11,7 +11,7 @@ import uvloop
 
 @pytest.hookimpl(optionalhook=True)  # older versions of pytest-asyncio run everything under asyncio's loop
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """A module with `BOTH_LOOPS = True` runs its tests under asyncio's loop and under production's, uvloop."""
+    """A module with `BOTH_LOOPS = True` runs its tests under asyncio's loop and under uvloop."""
     if getattr(item.getparent(pytest.Module).obj, "BOTH_LOOPS", False):
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}

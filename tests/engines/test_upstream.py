@@ -25,6 +25,7 @@ from deepseek_api_compat.errors import (
 from fakes.http_server import HttpServer, Peer, Request, Script, answering, chunked, ok
 
 BOTH_LOOPS = True
+# Key and certificate, self-signed, for localhost and 127.0.0.1, valid until 2126; only the test trusts it.
 CERTIFICATE = Path(__file__).parent.parent / "fakes" / "localhost.pem"
 
 
@@ -49,8 +50,8 @@ async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
     """Let the event loop turn until `condition()` holds."""
 
     async def turn() -> None:
-        while not condition():
-            await asyncio.sleep(0)  # noqa: ASYNC110
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
 
     await asyncio.wait_for(turn(), seconds)
 
@@ -511,6 +512,20 @@ async def test_close_of_the_client_ends_requests_and_refuses_new_ones() -> None:
             await upstream.request("GET", "/")
 
 
+async def test_close_of_the_client_while_connecting() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.closed()
+
+    for turns in range(6):
+        async with serving(script) as (_, upstream):
+            task = asyncio.create_task(upstream.request("GET", "/"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await upstream.close()
+            with pytest.raises(EngineUnavailable):
+                await asyncio.wait_for(task, 5)
+
+
 # Backpressure
 
 
@@ -615,6 +630,15 @@ async def test_closed_before_any_byte() -> None:
         assert isinstance(error, EngineUnavailable)
         assert error.retry_after == 1
         assert server.connections == 1
+
+
+async def test_closed_as_soon_as_accepted() -> None:
+    async def script(peer: Peer) -> None:
+        peer.reset()
+
+    async with serving(script) as (_, upstream):
+        for _ in range(20):
+            assert isinstance(await failure(upstream), EngineUnavailable)
 
 
 BROKEN = {

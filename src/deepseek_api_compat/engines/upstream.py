@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import socket
 import ssl
 from collections.abc import Callable
 from types import TracebackType
@@ -537,12 +536,10 @@ class Upstream:
             await loop.create_unix_connection(
                 lambda: connection, endpoint.uds, ssl=self._ssl, server_hostname=name
             )
-            return
-        await loop.create_connection(
-            lambda: connection, endpoint.host, endpoint.port, ssl=self._ssl, server_hostname=name
-        )
-        raw = connection.transport.get_extra_info("socket")
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:  # both event loops set TCP_NODELAY
+            await loop.create_connection(
+                lambda: connection, endpoint.host, endpoint.port, ssl=self._ssl, server_hostname=name
+            )
 
 
 async def _send_slices(connection: _Connection, response: Response, body: bytes) -> None:
