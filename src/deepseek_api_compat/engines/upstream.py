@@ -512,8 +512,8 @@ class Upstream:
             if not task.done():
                 raise TimeoutError(f"no connection within {self._connect_timeout:g} seconds")
             task.result()
-            if connection.transport.is_closing():  # made and lost already
-                raise ConnectionError("it closed the connection")
+            if self.closed or connection.transport.is_closing():  # made and lost already
+                raise ConnectionError("the connection was closed at once")
         except BaseException as error:
             task.cancel()
             connection.abandon()
