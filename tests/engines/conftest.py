@@ -18,8 +18,6 @@ import pytest
 from deepseek_api_compat.engines.base import Endpoint
 from deepseek_api_compat.engines.llamacpp import LlamaCpp
 
-SLOTS = 8
-
 
 @pytest.fixture(scope="session")
 def model_path() -> Path:
@@ -42,11 +40,12 @@ def socket_path() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def engine_endpoint(model_path: Path) -> Iterator[Endpoint]:
-    """A llama.cpp server with SLOTS slots of 1024 tokens."""
+    """A llama.cpp server with 8 slots of 1024 tokens."""
     with tempfile.TemporaryDirectory(prefix="engine-") as directory:
         path = f"{directory}/e.sock"
         program = [sys.executable, "-m", "deepseek_api_compat.engines.llamacpp_server"]
-        options = [f"--model={model_path}", f"--socket={path}", f"--slots={SLOTS}", "--context=1024"]
+        options = [f"--model={model_path}", f"--socket={path}", "--slots=8", "--context=1024"]
+        options.append("--threads=1")  # steady on a busy machine
         with subprocess.Popen(program + options, stderr=subprocess.DEVNULL) as process:
             try:
                 while get(path, "/health") != 200:

@@ -59,7 +59,7 @@ class Backoff(msgspec.Struct, frozen=True):
     tries: int = 8
 
     def delay(self, failures: int) -> float:
-        return min(self.first * 2.0 ** (failures - 1), self.most)
+        return min(self.first * 2.0 ** min(failures - 1, 60), self.most)
 
 
 class _End(NamedTuple):
