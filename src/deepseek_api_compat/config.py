@@ -30,7 +30,7 @@ class Section(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     """Base of all sections: plain data, unknown keys refused."""
 
 
-class ServerSettings(Section):
+class ServerSettings(Section, frozen=True):
     """`[server]`: where the service listens and how patient it is. Times in seconds, sizes in bytes."""
 
     host: str = "127.0.0.1"
@@ -50,7 +50,7 @@ class ServerSettings(Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class LimitSettings(Section):
+class LimitSettings(Section, frozen=True):
     """`[limits]`: what one key, and the service as a whole, may ask for."""
 
     requests_per_second: float = 100.0
@@ -61,14 +61,14 @@ class LimitSettings(Section):
     max_messages: int = 10_000
 
 
-class EngineSettings(Section):
+class EngineSettings(Section, frozen=True):
     """`[[models.engines]]`: one engine, or several replicas of one, behind a model name.
 
     llamacpp: path, replicas, batch_size (slots), context (tokens per slot), threads, gpu_layers, embedding.
     openai:   base_url, model (its name there), api_key_env, concurrency (0: no cap).
     """
 
-    kind: Literal["llamacpp", "vllm", "sglang", "openai"]
+    kind: Literal["llamacpp", "openai"]
     path: str | None = None
     replicas: int = 1
     batch_size: int = 8
@@ -84,18 +84,23 @@ class EngineSettings(Section):
     read_timeout: float = 600.0
 
 
-class ModelSettings(Section):
-    """`[[models]]`: a name that clients use, and the engines behind it."""
+class ModelSettings(Section, frozen=True):
+    """`[[models]]`: a name that clients use, and the engines behind it.
+
+    `temperature` and `top_p` hold for requests that name none.
+    """
 
     name: str
     aliases: list[str] = []
     format: str = "auto"
     profile: Literal["openai", "deepseek"] = "openai"
+    temperature: float = 1.0
+    top_p: float = 1.0
     temperature_mapping: bool = False
     engines: list[EngineSettings] = []
 
 
-class Settings(Section):
+class Settings(Section, frozen=True):
     """All settings. `models` is empty until a model is configured; then the default one is used."""
 
     server: ServerSettings = ServerSettings()
@@ -168,7 +173,7 @@ def load(
 def _read_file(path: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
-            return tomllib.load(file)
+            return dict(tomllib.load(file))
     except OSError as error:
         raise ConfigError(f"Can't read the configuration {path}: {error.strerror}.") from None
     except tomllib.TOMLDecodeError as error:
@@ -187,7 +192,9 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
                 continue
             key = variable[len(prefix) :].lower()
             if key not in struct.__struct_fields__:
-                raise ConfigError(f"The environment variable {variable} names no setting: [{section}] has no {key}.")
+                raise ConfigError(
+                    f"The environment variable {variable} names no setting: [{section}] has no {key}."
+                )
             found.setdefault(section, {})[key] = value
     return found
 
@@ -213,6 +220,8 @@ def _check(settings: Settings) -> None:
     ]
     for model in settings.models:
         where = f"models.{model.name}"
+        rules.append((0 <= model.temperature <= 2, f"{where}: temperature must be between 0 and 2"))
+        rules.append((0 < model.top_p <= 1, f"{where}: top_p must be above 0 and at most 1"))
         rules.append((bool(model.engines), f"{where} has no engine: add a [[models.engines]] table"))
         for engine in model.engines:
             if engine.kind == "openai":
@@ -227,3 +236,10 @@ def _check(settings: Settings) -> None:
     for ok, problem in rules:
         if not ok:
             raise ConfigError(f"Configuration: {problem}.")
+
+
+def check_files(settings: Settings) -> None:
+    """Raises ConfigError for a certificate or key file that can't be read."""
+    for path in (settings.server.tls_cert, settings.server.tls_key):
+        if path is not None and not os.access(path, os.R_OK):
+            raise ConfigError(f"Can't read the TLS file {path}.")

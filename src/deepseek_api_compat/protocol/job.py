@@ -47,7 +47,7 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """One token's natural-log probability, with alternatives. `token` is its text, `bytes_` its UTF-8 bytes."""
+    """One token's natural-log probability, with alternatives; `bytes_` are UTF-8."""
 
     token: str
     logprob: float

@@ -194,12 +194,17 @@ def _compile(template: str) -> jinja2.Template:
         raise InternalError(f"The model's chat template is not valid: {error}") from None
 
 
-def sampling_of(request: Generation, *, temperature_mapping: bool) -> Sampling:
-    """Sampling parameters, OpenAI's defaults where the request gives none."""
-    temperature = 1.0 if request.temperature is None else request.temperature
+_OPENAI_DEFAULT = Sampling()
+
+
+def sampling_of(
+    request: Generation, *, temperature_mapping: bool, default: Sampling = _OPENAI_DEFAULT
+) -> Sampling:
+    """Sampling parameters; temperature and top_p of `default` where the request gives none."""
+    temperature = default.temperature if request.temperature is None else request.temperature
     return Sampling(
         temperature=map_temperature(temperature) if temperature_mapping else temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
+        top_p=default.top_p if request.top_p is None else request.top_p,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         seed=request.seed,

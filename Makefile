@@ -1,0 +1,63 @@
+# make serve | test | check | install | dist | bench ... ; `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+SERVE_ARGS ?=
+STAMP := $(VENV)/.installed
+
+.PHONY: help install serve test check dist smoke-wheel test-python310 bench bench-smoke clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or later is needed; say which with: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "Can't make $(VENV): on Debian and Ubuntu install python3-venv first." >&2; rm -rf $(VENV); exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded]' --group dev
+	@touch $@
+
+install: $(STAMP)  ## client, server, embedded engine and development tools into .venv
+
+serve: $(STAMP)  ## fetch the default model if needed and serve it on PORT (8000)
+	@exec $(BIN)/deepseek-api serve --port $(PORT) $(SERVE_ARGS)
+
+test: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+dist: $(STAMP)  ## sdist and wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+clean:  ## remove everything that make made here
+	rm -rf $(VENV) .venv310 dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/bin
+
+smoke-wheel: dist  ## the wheel in clean environments: client, [server], [embedded], each used
+	$(BIN)/python tools/smoke_wheel.py dist
+
+OLD_PYTHON ?= python3.10
+test-python310: .venv310/.installed  ## the unit tests on Python 3.10
+	.venv310/bin/python -m pytest
+
+.venv310/.installed: pyproject.toml constraints.txt
+	@test -x .venv310/bin/python || $(OLD_PYTHON) -m venv .venv310
+	.venv310/bin/python -m pip install --quiet --upgrade -c constraints.txt pip
+	.venv310/bin/python -m pip install --quiet -c constraints.txt -e '.[embedded]' --group dev
+	@touch $@
+
+bench: $(STAMP)  ## compare the gateway with nginx and the engine asked directly (minutes)
+	$(BIN)/python -m bench.gateway
+	$(BIN)/python -m bench.engine
+
+bench-smoke: $(STAMP)
+	$(BIN)/python -m bench.gateway --quick

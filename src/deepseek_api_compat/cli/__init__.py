@@ -1,0 +1,94 @@
+"""The `deepseek-api` command, and `start_server`, which is `deepseek-api serve` under its old name.
+
+Each command is a module here, imported only when it was asked for: `--help`, `version` and `chat` need
+no server packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+
+from deepseek_api_compat import __version__
+from deepseek_api_compat.errors import SetupError
+
+COMMANDS = {
+    "serve": "start the service",
+    "keys": "make, list and delete API keys",
+    "models": "list, fetch and remove models",
+    "engines": "show the engines of the running service",
+    "chat": "talk to a running service",
+    "version": "print the version",
+}
+
+_EPILOG = """examples:
+  deepseek-api serve                              serve the embedded model on http://127.0.0.1:8000
+  deepseek-api serve --model-path model.gguf      serve your own model
+  deepseek-api keys create alice                  make an API key
+  deepseek-api chat "What is a mixture of experts?"
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line. Returns the exit code: 0, or 1 with one sentence on standard error."""
+    parser = argparse.ArgumentParser(
+        prog="deepseek-api",
+        description="DeepSeek-V3 in a box: an OpenAI-compatible service, its keys, its models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    words = sys.argv[1:] if argv is None else argv
+    asked = next((word for word in words if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        if name == asked and name != "version":
+            import_module(f"deepseek_api_compat.cli.{name}").add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary).set_defaults(run=_version)
+    return _run(parser, argv)
+
+
+def start_server(argv: Sequence[str] | None = None) -> int:
+    """`start_server --model-path ... --port ... --workers ...`: serves on all addresses."""
+    from deepseek_api_compat.cli import serve
+
+    parser = argparse.ArgumentParser(
+        prog="start_server", description="Serve a model through the OpenAI API on all network addresses."
+    )
+    serve.add_arguments(parser, host="0.0.0.0")  # noqa: S104 - the documented default of this entry point
+    return _run(parser, argv)
+
+
+def _version(_: argparse.Namespace) -> int:
+    print(__version__)
+    return 0
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except SetupError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (
+            error.name
+            and find_spec("deepseek_api_compat")
+            and not error.name.startswith("deepseek_api_compat")
+        ):
+            print(
+                f"{parser.prog}: the package {error.name} is missing; "
+                "install with: pip install 'deepseek-api-compat[embedded]'",
+                file=sys.stderr,
+            )
+            return 1
+        raise
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,169 @@
+"""`deepseek-api serve`: prepare the model, bind the port, start the supervisor, say how to call it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from deepseek_api_compat import __version__
+
+if TYPE_CHECKING:
+    from deepseek_api_compat.config import Settings
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="start the service",
+        description="Start the service. Without a model it fetches and serves a small embedded one.",
+    )
+    add_arguments(parser, host=None)
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, host: str | None) -> None:
+    """`host`: the default address, None to leave it to the configuration."""
+    add = parser.add_argument
+    add(
+        "--model-path",
+        metavar="PATH",
+        help="a GGUF file, a directory with one, or a name from 'deepseek-api models list'",
+    )
+    add("--host", default=host, help="address to listen on; 0.0.0.0 opens the service to the network")
+    add("--port", type=int, help="port to listen on (default 8000)")
+    add("--workers", type=int, metavar="N", help="gateway processes (default 1)")
+    add("--config", metavar="FILE", help="a TOML file; see config.example.toml")
+    add("--data-dir", metavar="DIR", help="keys, logs and state (default ~/.local/share/deepseek-api)")
+    add("--public-url", metavar="URL", help="the address to show, where it differs from host and port")
+    add("--tls-cert", metavar="FILE", help="certificate chain; then only TLS 1.3 is spoken")
+    add("--tls-key", metavar="FILE", help="private key of the certificate")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from deepseek_api_compat import config
+    from deepseek_api_compat.gateway import supervisor
+    from deepseek_api_compat.security.admin import ensure_admin, open_admin
+    from deepseek_api_compat.store.datadir import make_data_dir
+
+    names = ("host", "port", "workers", "data_dir", "public_url", "tls_cert", "tls_key")
+    settings = config.load(args.config, flags={"server": {name: getattr(args, name) for name in names}})
+    config.check_files(settings)
+    # The port first: a model may take minutes to fetch, and a taken port should be said at once.
+    listener = supervisor.bind(settings.server.host, settings.server.port)
+    make_data_dir(settings.data_dir)
+    lock = supervisor.lock_data_dir(settings.data_dir)
+    settings = with_models(settings, args.model_path)
+    admin = open_admin(settings.data_dir)
+    key = ensure_admin(admin)
+    address = listener.getsockname()[:2]
+
+    async def serve() -> None:
+        await supervisor.Supervisor(settings, listener, admin, lambda: announce(settings, address, key)).run()
+
+    try:
+        asyncio.run(serve())
+    finally:
+        admin.close()
+        listener.close()
+        os.close(lock)
+    return 0
+
+
+def with_models(settings: Settings, model_path: str | None) -> Settings:
+    """Settings whose models are all files that exist. Raises ModelError, ConfigError."""
+    import msgspec
+
+    from deepseek_api_compat.config import DEFAULT_MODEL, STAND_IN_ALIASES, EngineSettings, ModelSettings
+    from deepseek_api_compat.errors import ConfigError
+    from deepseek_api_compat.models import prepared
+
+    if model_path is not None:
+        if settings.models:
+            raise ConfigError("Give either --model-path or [[models]] in the configuration, not both.")
+        path = prepared.resolve(model_path)
+        taken = path.stem.lower()
+        aliases = [alias for alias in STAND_IN_ALIASES if alias != taken]
+        engine = EngineSettings(kind="llamacpp", path=str(path))
+        return msgspec.structs.replace(
+            settings, models=[ModelSettings(name=taken, aliases=aliases, engines=[engine])]
+        )
+    if not settings.models:
+        engine = EngineSettings(kind="llamacpp", path=str(prepared.default_model()))
+        # Its authors' sampling: at OpenAI's default of 1.0 a model this small writes nonsense.
+        model = ModelSettings(
+            name=DEFAULT_MODEL, aliases=list(STAND_IN_ALIASES), temperature=0.2, top_p=0.9, engines=[engine]
+        )
+        return msgspec.structs.replace(settings, models=[model])
+    models = []
+    for model in settings.models:
+        engines = [
+            msgspec.structs.replace(engine, path=str(prepared.resolve(engine.path)))
+            if engine.kind == "llamacpp" and engine.path
+            else engine
+            for engine in model.engines
+        ]
+        models.append(msgspec.structs.replace(model, engines=engines))
+    return msgspec.structs.replace(settings, models=models)
+
+
+def announce(settings: Settings, address: tuple[str, int], key: str | None) -> None:
+    """What a newcomer needs to make the first call."""
+    from deepseek_api_compat.config import DEFAULT_MODEL
+
+    host, port = address
+    scheme = "https" if settings.server.tls_cert else "http"
+    opened = host in ("0.0.0.0", "::")  # noqa: S104
+    local = f"{scheme}://{bracket('127.0.0.1' if opened else host)}:{port}"
+    public = settings.server.public_url or (f"{scheme}://{bracket(own_address())}:{port}" if opened else None)
+    lines = [f"DeepSeek API {__version__} is ready.", ""]
+    for model in settings.models:
+        also = f"  (also answers to {', '.join(model.aliases)})" if model.aliases else ""
+        lines.append(f"  model     {model.name}{also}")
+        if model.name == DEFAULT_MODEL:
+            lines.append(
+                "            a small English model that stands in until you give a DeepSeek one: --model-path"
+            )
+    lines.append(f"  local     {local}/v1")
+    lines.append(f"  network   {public + '/v1' if public else 'not opened; --host 0.0.0.0 opens it'}")
+    if key:
+        lines.append(f"  API key   {key}")
+        lines.append(
+            "            shown this once; only its hash is kept. More: deepseek-api keys create NAME"
+        )
+    else:
+        lines.append("  API key   as before; a new one: deepseek-api keys create NAME")
+    lines += [
+        "",
+        "Try it:",
+        "",
+        curl(f"{public or local}", key or "$DEEPSEEK_API_KEY", settings.models[0].name),
+        "",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def curl(url: str, key: str, model: str) -> str:
+    question = '[{"role": "user", "content": "What is the capital of France?"}]'
+    return (
+        f"curl {url}/v1/chat/completions \\\n"
+        '  -H "Content-Type: application/json" \\\n'
+        f'  -H "Authorization: Bearer {key}" \\\n'
+        f'  -d \'{{"model": "{model}", "messages": {question}}}\''
+    )
+
+
+def bracket(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def own_address() -> str:
+    """This machine's address as others see it, from its routing table; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()

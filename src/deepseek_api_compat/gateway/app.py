@@ -1,0 +1,72 @@
+"""Composition root of a worker: builds every part once and connects them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from deepseek_api_compat.config import Settings
+from deepseek_api_compat.engines.base import EngineState
+from deepseek_api_compat.gateway.chat import ChatService
+from deepseek_api_compat.gateway.gate import Gate
+from deepseek_api_compat.gateway.limits import MAX_KEYS, RateLimiter
+from deepseek_api_compat.gateway.pool import ModelPool
+from deepseek_api_compat.gateway.routes import Api, ModelDirectory
+from deepseek_api_compat.gateway.shared import SharedMemory
+from deepseek_api_compat.gateway.slots import Leases, SlotTable
+from deepseek_api_compat.security.keys import KeyTable
+
+
+def replica_counts(settings: Settings) -> list[int]:
+    """Replicas behind each model, in the order of the settings."""
+    return [sum(engine.replicas for engine in model.engines) for model in settings.models]
+
+
+def shared_cells(settings: Settings) -> int:
+    """Cells of shared memory that a service with these settings needs."""
+    return SlotTable.cells_for(replica_counts(settings), settings.server.workers) + MAX_KEYS
+
+
+def slot_table(settings: Settings, memory: SharedMemory) -> SlotTable:
+    return SlotTable(memory, 0, replica_counts(settings), settings.server.workers)
+
+
+class Application:
+    """One worker's gateway. `gate` is the ASGI application; the rest is how the supervisor reaches it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        keys: KeyTable,
+        memory: SharedMemory,
+        *,
+        worker: int,
+        wake_fds: Sequence[int],
+        my_fd: int,
+        created: int,
+    ) -> None:
+        limits = settings.limits
+        self._leases = Leases(slot_table(settings, memory), worker, limits.max_queue, wake_fds, my_fd)
+        self._pools = [ModelPool(index, model, self._leases) for index, model in enumerate(settings.models)]
+        limiter = RateLimiter(
+            memory,
+            memory.cells - MAX_KEYS,
+            default_rps=limits.requests_per_second,
+            burst_seconds=limits.burst_seconds,
+        )
+        api = Api(ModelDirectory(self._pools, created), ChatService(max_choices=limits.max_n), settings)
+        self.gate = Gate(api.routes(), keys, limiter, settings)
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        self._leases.start(asyncio.get_running_loop())
+
+    def use_keys(self, keys: KeyTable) -> None:
+        self.gate.keys = keys
+
+    def use_engines(self, states: list[EngineState]) -> None:
+        for pool in self._pools:
+            for client in pool.update([state for state in states if state.model == pool.name]):
+                task = asyncio.ensure_future(client.close())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)

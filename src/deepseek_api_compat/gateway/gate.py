@@ -1,0 +1,191 @@
+"""The one door: every request passes here, and what is not allowed is refused.
+
+request id -> route -> authenticate -> role -> rate limit -> handler -> settle. A route is open without
+a key only if it is in `routes.PUBLIC`. Errors become OpenAI error objects here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from deepseek_api_compat.config import Settings
+from deepseek_api_compat.errors import (
+    ApiError,
+    BodyTooLarge,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    PermissionDenied,
+)
+from deepseek_api_compat.gateway import metrics
+from deepseek_api_compat.gateway.limits import RateLimiter
+from deepseek_api_compat.gateway.metrics import Tally
+from deepseek_api_compat.gateway.response import Headers, Send, send_error
+from deepseek_api_compat.security.keys import KeyTable, Principal
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Scope = MutableMapping[str, Any]
+
+PREFIXES = ("/v1/compat", "/compat/v1", "/v1", "/beta", "")
+logger = logging.getLogger("deepseek_api")
+
+
+class Call:
+    """One request on its way through its handler."""
+
+    __slots__ = ("_max_body", "_receive", "headers", "id", "principal", "rest", "scope", "send", "tally")
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, request_id: str, tally: Tally, max_body: int
+    ) -> None:
+        self.scope = scope
+        self._receive = receive
+        self.send = send
+        self.id = request_id
+        self.tally = tally
+        self._max_body = max_body
+        self.headers: Headers = [(b"x-request-id", request_id.encode())]
+        self.principal: Principal | None = None
+        self.rest = ""  # what follows the route's path, as the id in /models/{id}
+
+    @property
+    def connection_lost(self) -> bool:
+        return bool(self.scope["connection"].transport.is_closing())
+
+    async def body(self) -> bytes:
+        """The whole request body. Raises BodyTooLarge before reading more than the cap."""
+        length = header(self.scope, b"content-length")
+        if length and int(length) > self._max_body:  # the HTTP parser has checked that it is a number
+            raise self._too_large()
+        message = await self._receive()
+        if not message.get("more_body"):
+            return bytes(message.get("body", b""))
+        parts = [message.get("body", b"")]
+        size = len(parts[0])
+        while message.get("more_body"):
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise InvalidRequest("The connection closed before the request was complete.")
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._max_body:
+                raise self._too_large()
+        return b"".join(parts)
+
+    def _too_large(self) -> BodyTooLarge:
+        self.headers.append((b"connection", b"close"))
+        return BodyTooLarge(f"The request body is over {self._max_body} bytes.")
+
+
+Handler = Callable[[Call], Awaitable[None]]
+
+
+class Route:
+    """A path under every prefix. `open_to`: roles that may use it; empty means public."""
+
+    __slots__ = ("methods", "open_to", "path", "takes_rest")
+
+    def __init__(
+        self, path: str, methods: dict[str, Handler], open_to: frozenset[str], takes_rest: bool = False
+    ) -> None:
+        self.path = path
+        self.methods = methods
+        self.open_to = open_to
+        self.takes_rest = takes_rest
+
+
+def header(scope: Scope, name: bytes) -> bytes:
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return b""
+
+
+class Gate:
+    """The ASGI application. Failure policy: an unknown error is a 500 with the request id, logged once."""
+
+    def __init__(self, routes: list[Route], keys: KeyTable, limiter: RateLimiter, settings: Settings) -> None:
+        self.keys = keys
+        self._limiter = limiter
+        self._max_body = settings.server.max_body_bytes
+        self._exact = {p + route.path: route for p in PREFIXES for route in routes if not route.takes_rest}
+        self._with_rest = [
+            (p + route.path + "/", route) for p in PREFIXES for route in routes if route.takes_rest
+        ]
+        self._id_prefix = os.urandom(6).hex()
+        self._ids = itertools.count(1)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"{scope['type']} connections are not served")
+        connection = scope["connection"]
+        connection.handler = asyncio.current_task()
+        tally = Tally("unknown", time.monotonic())
+        call = Call(
+            scope, receive, send, f"req-{self._id_prefix}{next(self._ids):08x}", tally, self._max_body
+        )
+        try:
+            await self._serve(call)
+        except ApiError as error:
+            tally.status = error.status
+            if tally.model == "":
+                metrics.REFUSED.labels(error.code or error.type).inc()
+            await send_error(send, error, call.headers)
+        except asyncio.CancelledError:
+            tally.status = 499
+            if not call.connection_lost:
+                raise
+            metrics.CLIENT_GONE.labels(tally.endpoint).inc()
+        except Exception:
+            tally.status = 500
+            logger.exception("request %s failed", call.id)
+            if connection.cycle.response_started:
+                connection.transport.close()
+            else:
+                apology = InternalError(f"Internal error. Please report it with the request id {call.id}.")
+                await send_error(send, apology, call.headers)
+        finally:
+            connection.handler = None
+            tally.settle(time.monotonic())
+
+    async def _serve(self, call: Call) -> None:
+        scope = call.scope
+        route = self._find(call, scope["path"])
+        if route is None or route.open_to:
+            principal = call.principal = self.keys.authenticate(header(scope, b"authorization"))
+            if route is None:
+                raise NotFound(f"There is no route {scope['path']}.", code="route_not_found")
+            if principal.role not in route.open_to:
+                raise PermissionDenied(f"A key of role {principal.role} may not use {route.path}.")
+        call.tally.endpoint = route.path
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        handler = route.methods.get(method)
+        if handler is None:
+            raise MethodNotAllowed(scope["method"], tuple(route.methods))
+        if call.principal is not None:
+            allowance = self._limiter.admit(call.principal.index, call.principal.rps)
+            if allowance is not None:
+                call.headers += (
+                    (b"x-ratelimit-limit-requests", b"%d" % allowance.limit),
+                    (b"x-ratelimit-remaining-requests", b"%d" % allowance.remaining),
+                    (b"x-ratelimit-reset-requests", b"%.3fs" % allowance.reset),
+                )
+        await handler(call)
+
+    def _find(self, call: Call, path: str) -> Route | None:
+        route = self._exact.get(path)
+        if route is None and path.endswith("/"):
+            route = self._exact.get(path[:-1])
+        if route is None:
+            for prefix, candidate in self._with_rest:
+                if path.startswith(prefix) and len(path) > len(prefix):
+                    call.rest = path[len(prefix) :]
+                    return candidate
+        return route

@@ -1,0 +1,128 @@
+"""uvicorn's httptools protocol, with the manners that an API on the open network needs.
+
+- a client that is slow to send its headers or body is answered 408 and closed;
+- headers over 64 KiB are refused;
+- malformed HTTP is answered with an OpenAI error object;
+- a method spelled `Post` is accepted (the seed document's curl sends it; llhttp refuses it);
+- when the client goes away the task that serves it is cancelled at once, without a watcher task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from typing import Any
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from deepseek_api_compat.errors import ApiError, HeadersTooLarge, InvalidRequest, RequestTimeout
+
+MAX_HEADER_BYTES = 64 * 1024
+MIN_BODY_RATE = 1024  # bytes a second, averaged over the body, once the body timeout has passed
+METHODS = frozenset({b"GET", b"POST", b"PUT", b"DELETE", b"HEAD", b"OPTIONS", b"PATCH"})
+_WORD = re.compile(rb"[A-Za-z]{1,7}\Z")
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection. `handler` is the task that serves it now; the gate sets and clears it."""
+
+    handler: asyncio.Task[None] | None = None
+
+    # Since when the client owes us the rest of a message; None while it owes nothing.
+    _owes_since: float | None = None
+    _last_data = 0.0
+    _between = True
+    _in_headers = True
+    _received = 0
+    _held = b""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._owes_since = time.monotonic()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.handler is not None:
+            self.handler.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        if self._between:
+            if self._held:
+                data, self._held = self._held + data, b""
+            if not data.startswith((b"POST ", b"GET ")):
+                data = self._normalise_method(data)
+                if not data:
+                    return
+        self._received += len(data)
+        super().data_received(data)
+        if self._in_headers and self._received > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self.refuse(HeadersTooLarge(f"The request's headers are over {MAX_HEADER_BYTES} bytes."))
+
+    def _normalise_method(self, data: bytes) -> bytes:
+        """Upper-case a known method; hold back what may yet become one."""
+        word, space, rest = data.partition(b" ")
+        if not space and _WORD.match(data):
+            self._held = data
+            return b""
+        if word.upper() in METHODS:
+            return word.upper() + space + rest
+        return data
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["connection"] = self  # type: ignore[typeddict-unknown-key]
+        self._between = False
+        self._in_headers = True
+        self._received = 0
+        self._owes_since = time.monotonic()
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._between = True
+        self._owes_since = None
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._between and not self.transport.is_closing():
+            # Answered before the request was all here (413, 401): don't read the rest.
+            self.transport.close()
+
+    def overdue(self, now: float, header_timeout: float, body_timeout: float) -> bool:
+        """Whether the client has taken too long over the message it is sending."""
+        if self._owes_since is None:
+            return False
+        elapsed = now - self._owes_since
+        if self._in_headers:
+            return elapsed > header_timeout
+        return elapsed > body_timeout and self._received / elapsed < MIN_BODY_RATE
+
+    def refuse(self, error: ApiError) -> None:
+        """Answer without the application and close."""
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.close()
+            return
+        body = msgspec.json.encode(error.body())
+        head = STATUS_LINE[
+            error.status
+        ] + b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        self.transport.write(head + body)
+        self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        self.refuse(InvalidRequest("The request is not valid HTTP."))
+
+
+async def sweep(connections: set[Any], header_timeout: float, body_timeout: float) -> None:
+    """Close connections whose clients are too slow; runs for as long as the server does."""
+    while True:
+        await asyncio.sleep(min(1.0, header_timeout / 2, body_timeout / 2))
+        now = time.monotonic()
+        for connection in list(connections):
+            if isinstance(connection, HttpProtocol) and connection.overdue(now, header_timeout, body_timeout):
+                connection.refuse(RequestTimeout("The request was not complete in time."))

@@ -1,0 +1,141 @@
+"""Counters that Prometheus reads at `/metrics`, added up over all workers.
+
+`prometheus_client` keeps one memory-mapped file per worker in the directory that the supervisor names
+in PROMETHEUS_MULTIPROC_DIR, so counts survive a killed worker. docs/api.md has a line for each metric.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from deepseek_api_compat.gateway.pool import ModelPool
+
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+_registry = CollectorRegistry()
+REQUESTS = Counter(
+    "deepseek_requests",
+    "Requests by endpoint, model and HTTP status.",
+    ["endpoint", "model", "status"],
+    registry=_registry,
+)
+TOKENS = Counter(
+    "deepseek_tokens",
+    "Tokens by model and kind: prompt, cached, completion.",
+    ["model", "kind"],
+    registry=_registry,
+)
+DURATION = Histogram(
+    "deepseek_request_duration_seconds",
+    "From the arrival of a request to the end of its answer.",
+    ["endpoint", "model"],
+    buckets=LATENCY_BUCKETS,
+    registry=_registry,
+)
+TTFT = Histogram(
+    "deepseek_time_to_first_token_seconds",
+    "From the arrival of a request to the first token of its answer.",
+    ["model"],
+    buckets=LATENCY_BUCKETS,
+    registry=_registry,
+)
+CLIENT_GONE = Counter(
+    "deepseek_client_disconnects",
+    "Requests whose client left before the end.",
+    ["endpoint"],
+    registry=_registry,
+)
+REFUSED = Counter(
+    "deepseek_refusals",
+    "Requests refused before they reached a model, by code.",
+    ["code"],
+    registry=_registry,
+)
+
+
+class PoolCollector:
+    """Gauges read from the pools at the moment of the scrape."""
+
+    def __init__(self, pools: list[ModelPool]) -> None:
+        self._pools = pools
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        slots = GaugeMetricFamily("deepseek_slots", "Slots of a model, by state.", labels=["model", "state"])
+        queue = GaugeMetricFamily("deepseek_queue_length", "Requests waiting for a slot.", labels=["model"])
+        up = GaugeMetricFamily(
+            "deepseek_engine_up", "1 while a replica can answer.", labels=["model", "replica", "kind"]
+        )
+        for pool in self._pools:
+            used, total, waiting = pool.usage()
+            slots.add_metric([pool.name, "used"], used)
+            slots.add_metric([pool.name, "all"], total)
+            queue.add_metric([pool.name], waiting)
+            for state in pool.states:
+                up.add_metric([pool.name, str(state.replica), state.kind], float(state.state == "ready"))
+        return [slots, queue, up]
+
+
+def exposition(pools: list[ModelPool]) -> bytes:
+    """The Prometheus text format. Reads files: not for the event loop."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    registry.register(PoolCollector(pools))
+    return generate_latest(registry)
+
+
+class Tally:
+    """What one request used; `settle` records it exactly once, however the request ended."""
+
+    __slots__ = (
+        "cached_tokens",
+        "completion_tokens",
+        "endpoint",
+        "first",
+        "model",
+        "prompt_tokens",
+        "start",
+        "status",
+    )
+
+    def __init__(self, endpoint: str, start: float) -> None:
+        self.endpoint = endpoint
+        self.model = ""
+        self.start = start
+        self.first = 0.0
+        self.status = 0
+        self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
+
+    def settle(self, now: float) -> None:
+        children = _children(self.endpoint, self.model, self.status)
+        children[0].inc()
+        children[1].observe(now - self.start)
+        if self.first:
+            children[2].observe(self.first - self.start)
+        if self.prompt_tokens:
+            children[3].inc(self.prompt_tokens)
+        if self.cached_tokens:
+            children[4].inc(self.cached_tokens)
+        if self.completion_tokens:
+            children[5].inc(self.completion_tokens)
+
+
+_known: dict[tuple[str, str, int], tuple[Counter, Histogram, Histogram, Counter, Counter, Counter]] = {}
+
+
+def _children(
+    endpoint: str, model: str, status: int
+) -> tuple[Counter, Histogram, Histogram, Counter, Counter, Counter]:
+    """Metric children by label values, looked up once (labels() costs microseconds)."""
+    found = _known.get((endpoint, model, status))
+    if found is None:
+        found = _known[endpoint, model, status] = (
+            REQUESTS.labels(endpoint, model, str(status)),
+            DURATION.labels(endpoint, model),
+            TTFT.labels(model),
+            TOKENS.labels(model, "prompt"),
+            TOKENS.labels(model, "cached"),
+            TOKENS.labels(model, "completion"),
+        )
+    return found

@@ -1,0 +1,166 @@
+"""The replicas behind one model name: what this worker knows of them, and how a job gets to one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
+from deepseek_api_compat.config import ModelSettings
+from deepseek_api_compat.engines.base import EngineState, ModelInfo, TokenEngine
+from deepseek_api_compat.engines.llamacpp import LlamaCpp
+from deepseek_api_compat.engines.upstream import Upstream
+from deepseek_api_compat.errors import EngineUnavailable
+from deepseek_api_compat.gateway.slots import Lease, Leases
+from deepseek_api_compat.protocol.job import Job, Piece
+
+CHAT_KINDS = frozenset({"openai"})
+
+
+class ModelPool:
+    """One configured model. `kind` is "token" or "chat"; a model has engines of one of them.
+
+    Failure policy: a job that has not begun waits for a replica up to `ready_timeout` seconds, then
+    EngineUnavailable; a job that has begun ends with the engine's error.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        settings: ModelSettings,
+        leases: Leases,
+        *,
+        ready_timeout: float = 30.0,
+        connect: Callable[[EngineState], TokenEngine] | None = None,
+    ) -> None:
+        self.index = index
+        self.settings = settings
+        self.name = settings.name
+        self.kind = "chat" if settings.engines[0].kind in CHAT_KINDS else "token"
+        # No cap on a chat upstream unless one is configured, so no slot is leased for it either.
+        self.leased = self.kind == "token" or any(engine.concurrency for engine in settings.engines)
+        self._leases = leases
+        self._ready_timeout = ready_timeout
+        self._connect = connect or (lambda state: LlamaCpp(state.endpoint))
+        self._states: dict[int, EngineState] = {}
+        self._engines: dict[int, TokenEngine] = {}
+        self._upstreams: dict[int, Upstream] = {}
+        self._changed = asyncio.Event()
+        self._turn = 0
+
+    def update(self, states: list[EngineState]) -> list[TokenEngine | Upstream]:
+        """Take over the supervisor's view; returns the clients that are no longer needed."""
+        old = self._states
+        self._states = {state.replica: state for state in states}
+        dropped: list[TokenEngine | Upstream] = []
+        for replica, state in old.items():
+            now = self._states.get(replica)
+            if now is None or now.endpoint != state.endpoint:
+                engine = self._engines.pop(replica, None)
+                upstream = self._upstreams.pop(replica, None)
+                dropped += [client for client in (engine, upstream) if client is not None]
+        self._changed.set()
+        self._changed = asyncio.Event()
+        return dropped
+
+    @property
+    def ready(self) -> bool:
+        return any(state.state == "ready" for state in self._states.values())
+
+    @property
+    def states(self) -> list[EngineState]:
+        return list(self._states.values())
+
+    async def info(self) -> ModelInfo:
+        """What a ready replica said of the model. Waits for one; raises EngineUnavailable."""
+        state = await self._any_ready()
+        assert state.info is not None, "a ready token engine has told what it is"
+        return state.info
+
+    async def engine(self) -> TokenEngine:
+        """A client of any ready replica, for calls that take no slot (tokenize)."""
+        return self._engine((await self._any_ready()).replica)
+
+    async def upstream(self) -> tuple[EngineState, Upstream]:
+        """A ready chat upstream, each in turn."""
+        await self._any_ready()
+        ready = [state for state in self._states.values() if state.state == "ready"]
+        self._turn += 1
+        state = ready[self._turn % len(ready)]
+        return state, self.upstream_of(state)
+
+    def upstream_of(self, state: EngineState) -> Upstream:
+        client = self._upstreams.get(state.replica)
+        if client is None:
+            config = self.settings.engines[self._engine_of(state.replica)]
+            client = self._upstreams[state.replica] = Upstream(
+                state.endpoint, connect_timeout=config.connect_timeout, read_timeout=config.read_timeout
+            )
+        return client
+
+    def upstream_model(self, state: EngineState) -> str:
+        """The model's name at that upstream."""
+        return self.settings.engines[self._engine_of(state.replica)].model or self.name
+
+    def state_of(self, replica: int) -> EngineState:
+        return self._states[replica]
+
+    async def lease(self) -> Lease:
+        """A slot of a ready replica, in order of arrival. Raises RateLimited, EngineUnavailable."""
+        await self._any_ready()
+        return await self._leases.acquire(self.index)
+
+    async def stream(self, job: Job) -> AsyncGenerator[list[Piece], None]:
+        """Pieces of the answer, in the groups in which they arrived; the slot is free when this closes."""
+        lease = await self.lease()
+        try:
+            pieces = self._engine(lease.replica).stream(job)
+            try:
+                async for group in pieces:
+                    yield group
+            finally:
+                await pieces.aclose()
+        finally:
+            lease.release()
+
+    def usage(self) -> tuple[int, int, int]:
+        return self._leases.usage(self.index)
+
+    def _engine(self, replica: int) -> TokenEngine:
+        engine = self._engines.get(replica)
+        if engine is None:
+            engine = self._engines[replica] = self._connect(self._states[replica])
+        return engine
+
+    def _engine_of(self, replica: int) -> int:
+        """Which configured engine a replica number belongs to."""
+        for position, engine in enumerate(self.settings.engines):
+            if replica < engine.replicas:
+                return position
+            replica -= engine.replicas
+        raise AssertionError("replica numbers come from these settings")
+
+    async def _any_ready(self) -> EngineState:
+        for state in self._states.values():
+            if state.state == "ready":
+                return state
+        return await self._wait_ready()
+
+    async def _wait_ready(self) -> EngineState:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._ready_timeout
+        while True:
+            changed = self._changed
+            for state in self._states.values():
+                if state.state == "ready":
+                    return state
+            if self._states and all(state.state == "failed" for state in self._states.values()):
+                detail = next((state.detail for state in self._states.values() if state.detail), "")
+                raise EngineUnavailable(
+                    f"The engine of {self.name} has failed and was given up. {detail}".strip(), retry_after=30
+                )
+            try:
+                await asyncio.wait_for(changed.wait(), deadline - loop.time())
+            except asyncio.TimeoutError:
+                raise EngineUnavailable(
+                    f"No engine of {self.name} is ready yet; it may be starting.", retry_after=5
+                ) from None

@@ -1,0 +1,201 @@
+"""Relaying to a chat upstream: any OpenAI-compatible server behind this gateway.
+
+The request is re-emitted once from validated fields, unknown ones verbatim. On the way back bytes are
+forwarded as they come, one write per read; only usage and error events are parsed.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import msgspec
+
+from deepseek_api_compat.engines.upstream import Response
+from deepseek_api_compat.errors import ApiError, EngineFailed, EngineUnavailable, InvalidRequest, RateLimited
+from deepseek_api_compat.gateway.metrics import Tally
+from deepseek_api_compat.gateway.pool import ModelPool
+from deepseek_api_compat.gateway.response import EventStream
+from deepseek_api_compat.protocol.openai import StreamOptions, reencode
+
+MAX_EVENT = 16 * 1024 * 1024
+MAX_BODY = 256 * 1024 * 1024
+# A quote right before and after: inside a JSON string it would be escaped, so text never matches.
+USAGE = re.compile(rb'"usage"\s*:\s*\{')
+ERROR = re.compile(rb'^data:\s*\{\s*"error"\s*:', re.MULTILINE)
+DONE = b"data: [DONE]"
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Counts(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_cache_hit_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+
+
+class _Answer(msgspec.Struct):
+    usage: _Counts | None = None
+    choices: list[msgspec.Raw] = []
+
+
+class _ErrorBody(msgspec.Struct):
+    message: str = ""
+
+
+class _ErrorAnswer(msgspec.Struct):
+    error: _ErrorBody | str | None = None
+
+
+_answer = msgspec.json.Decoder(_Answer)
+_error = msgspec.json.Decoder(_ErrorAnswer)
+
+
+async def relay(
+    pool: ModelPool,
+    path: str,
+    body: bytes,
+    out: EventStream,
+    tally: Tally,
+    *,
+    stream: bool = False,
+    options: StreamOptions | None = None,
+) -> None:
+    """Send `body` to an upstream of `pool` and its answer to `out`.
+
+    Raises ApiError for anything that keeps the answer from being complete. Closes the upstream
+    connection at once when cancelled.
+    """
+    lease = await pool.lease() if pool.leased else None
+    try:
+        if lease is None:
+            state, upstream = await pool.upstream()
+        else:
+            state = pool.state_of(lease.replica)
+            upstream = pool.upstream_of(state)
+        replace: dict[str, Any] = {"model": pool.upstream_model(state)}
+        wants_usage = options is not None and bool(options.include_usage)
+        if stream and not wants_usage:
+            replace["stream_options"] = {"include_usage": True}
+        response = await upstream.request("POST", path, reencode(body, replace))
+        try:
+            if response.status != 200:
+                raise upstream_error(response, await response.read())
+            if stream:
+                await _relay_events(response, out, tally, hide_usage=not wants_usage)
+            else:
+                await _relay_body(response, out, tally)
+        finally:
+            response.close()
+    finally:
+        if lease is not None:
+            lease.release()
+
+
+async def _relay_body(response: Response, out: EventStream, tally: Tally) -> None:
+    data = await response.read()
+    try:
+        _count(_answer.decode(data).usage, tally)
+    except msgspec.MsgspecError:
+        raise EngineFailed("The upstream answered something that is not a completion.") from None
+    await out.finish(data)
+
+
+async def _relay_events(response: Response, out: EventStream, tally: Tally, *, hide_usage: bool) -> None:
+    """Forward whole SSE events. A stream that ends without [DONE] is an error, not an end."""
+    rest = b""
+    done = False
+    tokens = 0
+    try:
+        while data := await response.chunk():
+            if rest:
+                data = rest + data
+            if b"\r" in data:  # JSON has no raw CR, so this only turns CRLF line ends into LF
+                data = data.replace(b"\r", b"")
+            cut = data.rfind(b"\n\n") + 2
+            if cut < 2:
+                if len(data) > MAX_EVENT:
+                    raise EngineFailed("The upstream sent an event of over 16 MiB.")
+                rest = data
+                continue
+            events, rest = (data, b"") if cut == len(data) else (data[:cut], data[cut:])
+            if not tally.first:
+                tally.first = time.monotonic()
+            tokens += events.count(b"data:")
+            if USAGE.search(events):
+                events = _take_usage(events, tally, hide=hide_usage)
+            if ERROR.search(events):
+                events = _before_error(events)
+                if events:
+                    await out.write(events)
+                raise EngineFailed("The upstream reported an error in the middle of its answer.")
+            if DONE in events:
+                done = True
+                await out.finish(events)
+                break
+            if events:
+                await out.write(events)
+        if not done:
+            raise EngineFailed("The upstream ended its stream before the answer was complete.")
+    finally:
+        if not tally.completion_tokens:
+            tally.completion_tokens = tokens  # one event a token, the closest count without usage
+
+
+def _take_usage(events: bytes, tally: Tally, *, hide: bool) -> bytes:
+    """Read usage out of the events; drop the usage-only event if the client didn't ask for it."""
+    kept = []
+    for event in events.split(b"\n\n"):
+        if event.startswith(b"data:") and USAGE.search(event):
+            try:
+                answer = _answer.decode(event[5:].lstrip())
+            except msgspec.MsgspecError:
+                raise EngineFailed("The upstream sent a malformed usage event.") from None
+            _count(answer.usage, tally)
+            if hide and not answer.choices:
+                continue
+        kept.append(event)
+    return b"\n\n".join(kept)
+
+
+def _before_error(events: bytes) -> bytes:
+    found = ERROR.search(events)
+    assert found is not None
+    return events[: found.start()]
+
+
+def _count(usage: _Counts | None, tally: Tally) -> None:
+    if usage is None:
+        return
+    tally.prompt_tokens = usage.prompt_tokens
+    tally.completion_tokens = usage.completion_tokens
+    details = usage.prompt_tokens_details
+    cached = details.cached_tokens if details else usage.prompt_cache_hit_tokens
+    tally.cached_tokens = cached or 0
+
+
+def upstream_error(response: Response, body: bytes) -> ApiError:
+    """What an upstream's failure means to our client: its own mistakes stay 400, others become 502 or 503."""
+    try:
+        found = _error.decode(body).error
+    except msgspec.MsgspecError:
+        found = None
+    message = found if isinstance(found, str) else found.message if found else ""
+    status = response.status
+    if status in (400, 413, 422):
+        return InvalidRequest(message or "The upstream refused the request.")
+    if status == 429:
+        header = response.headers.get(b"retry-after", b"")
+        return RateLimited(
+            message or "The upstream is over its rate limit.",
+            retry_after=float(header) if header.isdigit() else 1.0,
+        )
+    if status in (401, 403):
+        return EngineFailed("The upstream refused this gateway's credentials; check api_key_env.")
+    if status == 503:
+        return EngineUnavailable(message or "The upstream is not available.", retry_after=5.0)
+    return EngineFailed(f"The upstream answered {status}. {message}".strip())

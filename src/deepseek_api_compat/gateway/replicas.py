@@ -1,0 +1,180 @@
+"""The replicas that the supervisor keeps: managed engine processes, and upstreams that it watches."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from deepseek_api_compat.config import EngineSettings, Settings, secret_from_env
+from deepseek_api_compat.engines import llamacpp
+from deepseek_api_compat.engines.base import Endpoint, EngineState, ModelInfo
+from deepseek_api_compat.engines.lifeline import Lifeline
+from deepseek_api_compat.engines.process import ManagedProcess
+from deepseek_api_compat.engines.upstream import Upstream
+from deepseek_api_compat.errors import ApiError, ConfigError
+
+PROBE_INTERVAL = 5.0
+UNLIMITED = 1 << 30
+
+
+class Replica(ABC):
+    """One replica of a model. `number` counts over all engines of the model; `slots` while ready."""
+
+    def __init__(
+        self, pool: int, model: str, number: int, kind: str, on_change: Callable[[Replica], None]
+    ) -> None:
+        self.pool = pool
+        self.model = model
+        self.number = number
+        self.kind = kind
+        self.state = "starting"
+        self.detail = ""
+        self.slots = 0
+        self.pid: int | None = None
+        self.info: ModelInfo | None = None
+        self.endpoint = Endpoint()
+        self._on_change = on_change
+
+    def describe(self) -> EngineState:
+        return EngineState(
+            self.model, self.number, self.kind, self.state, self.endpoint, self.pid, self.detail, self.info
+        )
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Begin; returns before the replica is ready."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """End; nothing of the replica is left afterwards."""
+
+    def _set(self, state: str, detail: str) -> None:
+        if (state, detail) != (self.state, self.detail):
+            self.state, self.detail = state, detail
+            self._on_change(self)
+
+
+class WatchedUpstream(Replica):
+    """A server that is not ours: asked every few seconds whether it answers."""
+
+    def __init__(
+        self,
+        pool: int,
+        model: str,
+        number: int,
+        settings: EngineSettings,
+        on_change: Callable[[Replica], None],
+    ) -> None:
+        super().__init__(pool, model, number, settings.kind, on_change)
+        self.endpoint = endpoint_of(settings)
+        self.slots = settings.concurrency or UNLIMITED
+        self._client = Upstream(self.endpoint, connect_timeout=settings.connect_timeout, read_timeout=10.0)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await self._probe()
+        self._task = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._client.close()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(PROBE_INTERVAL if self.state == "ready" else 1.0)
+            await self._probe()
+
+    async def _probe(self) -> None:
+        """Ready means: it answers HTTP and accepts our key. A 404 is an upstream without /models."""
+        try:
+            status, _ = await self._client.fetch("GET", "/models")
+        except ApiError as error:
+            self._set("starting", error.message)
+            return
+        if status in (401, 403):
+            self._set("starting", f"The upstream refuses the configured key (HTTP {status}).")
+        elif status >= 500:
+            self._set("starting", f"The upstream answers HTTP {status}.")
+        else:
+            self._set("ready", "")
+
+
+def endpoint_of(settings: EngineSettings) -> Endpoint:
+    """Raises ConfigError for a base URL that is none, or a key variable that is unset."""
+    url = urlsplit(settings.base_url or "")
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ConfigError(f"Configuration: base_url {settings.base_url!r} is not an http or https address.")
+    headers = {}
+    if settings.api_key_env:
+        headers["authorization"] = f"Bearer {secret_from_env(settings.api_key_env)}"
+    tls = url.scheme == "https"
+    return Endpoint(
+        host=url.hostname,
+        port=url.port or (443 if tls else 80),
+        tls=tls,
+        base=url.path.rstrip("/"),
+        headers=headers,
+    )
+
+
+class ManagedEngine(Replica):
+    """An engine process that the supervisor starts, watches and restarts."""
+
+    def __init__(
+        self,
+        pool: int,
+        model: str,
+        number: int,
+        settings: EngineSettings,
+        data_dir: Path,
+        lifeline: Lifeline,
+        on_change: Callable[[Replica], None],
+    ) -> None:
+        super().__init__(pool, model, number, settings.kind, on_change)
+        socket = data_dir / "run" / "engines" / f"{pool}-{number}.sock"
+        self.endpoint = Endpoint(uds=str(socket))
+        self.slots = settings.batch_size
+        self._process = llamacpp.managed(
+            settings,
+            model_path=Path(settings.path or ""),
+            socket=socket,
+            log=data_dir / "logs" / f"engine-{pool}-{number}.log",
+            lifeline=lifeline,
+            on_change=self._follow,
+        )
+
+    async def start(self) -> None:
+        self._process.start()
+
+    async def stop(self) -> None:
+        await self._process.stop()
+
+    def _follow(self, process: ManagedProcess) -> None:
+        self.pid = process.pid
+        self.info = process.info or self.info
+        self._set("starting" if process.state == "backoff" else process.state, process.detail)
+
+
+def replicas_of(
+    settings: Settings, lifeline: Lifeline, on_change: Callable[[Replica], None]
+) -> list[Replica]:
+    """Every replica of every model, numbered within its model. Raises ConfigError."""
+    replicas: list[Replica] = []
+    for pool, model in enumerate(settings.models):
+        number = 0
+        for engine in model.engines:
+            for _ in range(engine.replicas):
+                if engine.kind == "llamacpp":
+                    managed = ManagedEngine(
+                        pool, model.name, number, engine, settings.data_dir, lifeline, on_change
+                    )
+                    replicas.append(managed)
+                else:
+                    replicas.append(WatchedUpstream(pool, model.name, number, engine, on_change))
+                number += 1
+    return replicas

@@ -1,0 +1,302 @@
+"""Handlers of the API's routes. Each reads its body, decodes it, and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from deepseek_api_compat import __version__
+from deepseek_api_compat.config import Settings
+from deepseek_api_compat.errors import ApiError, EngineUnavailable, InvalidRequest, ModelNotFound
+from deepseek_api_compat.gateway import metrics, openapi
+from deepseek_api_compat.gateway.chat import ChatService, Events, prompt_ids
+from deepseek_api_compat.gateway.gate import Call, Route
+from deepseek_api_compat.gateway.pool import ModelPool
+from deepseek_api_compat.gateway.relay import relay
+from deepseek_api_compat.gateway.response import EventStream, send_bytes, send_json
+from deepseek_api_compat.protocol import completion
+from deepseek_api_compat.protocol import openai as wire
+from deepseek_api_compat.protocol.events import Event
+
+USERS = frozenset({"user", "admin"})
+READERS = frozenset({"admin", "metrics"})
+PUBLIC: frozenset[str] = frozenset()
+
+
+class ModelDirectory:
+    """Every name that clients may use, and the pool behind it."""
+
+    def __init__(self, pools: list[ModelPool], created: int) -> None:
+        self.pools = pools
+        self.created = created
+        self._by_name = {name: pool for pool in pools for name in (pool.name, *pool.settings.aliases)}
+
+    def find(self, name: str) -> ModelPool:
+        """Raises ModelNotFound, which lists the known names."""
+        pool = self._by_name.get(name)
+        if pool is None:
+            raise ModelNotFound(name, list(self._by_name))
+        return pool
+
+    def describe(self, pool: ModelPool) -> dict[str, Any]:
+        """OpenAI's model object; `aliases` and `context_length` are ours."""
+        info = next((state.info for state in pool.states if state.info), None)
+        described: dict[str, Any] = {
+            "id": pool.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "deepseek-api",
+            "aliases": pool.settings.aliases,
+        }
+        if info is not None:
+            described["context_length"] = info.context
+        return described
+
+
+class Api:
+    """The handlers, built once around what they need."""
+
+    def __init__(self, directory: ModelDirectory, chat: ChatService, settings: Settings) -> None:
+        self._directory = directory
+        self._chat = chat
+        self._server = settings.server
+        self._limits = wire.DecodeLimits(
+            max_n=settings.limits.max_n, max_messages=settings.limits.max_messages
+        )
+        self._openapi = openapi.document()
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/chat/completions", {"POST": self.chat_completions}, USERS),
+            Route("/completions", {"POST": self.completions}, USERS),
+            Route("/embeddings", {"POST": self.embeddings}, USERS),
+            Route("/tokenize", {"POST": self.tokenize}, USERS),
+            Route("/detokenize", {"POST": self.detokenize}, USERS),
+            Route("/models", {"GET": self.models}, USERS),
+            Route("/models", {"GET": self.model}, USERS, takes_rest=True),
+            Route("/openapi.json", {"GET": self.openapi}, USERS),
+            Route("/metrics", {"GET": self.metrics}, READERS),
+            Route("/health", {"GET": self.health}, PUBLIC),
+            Route("/ready", {"GET": self.ready}, PUBLIC),
+            Route("/version", {"GET": self.version}, PUBLIC),
+        ]
+
+    async def chat_completions(self, call: Call) -> None:
+        body = await call.body()
+        request = wire.decode_chat(body, self._limits)
+        pool = self._choose(call, request.model)
+        out = self._open(call, sse=request.stream)
+        if pool.kind == "chat":
+            work = relay(
+                pool,
+                "/chat/completions",
+                body,
+                out,
+                call.tally,
+                stream=request.stream,
+                options=request.stream_options,
+            )
+        elif request.stream:
+            encoder = completion.ChatStream(
+                *self._identity(call, "chatcmpl", pool),
+                include_usage=request.include_usage,
+                n=request.choices,
+                profile=pool.settings.profile,
+            )
+            work = stream_events(self._chat.chat(pool, request, call.tally), out, encoder)
+        else:
+            collector = completion.ChatCollector(*self._identity(call, "chatcmpl", pool), n=request.choices)
+            work = collect_events(self._chat.chat(pool, request, call.tally), out, collector)
+        await self._answer(call, out, work)
+
+    async def completions(self, call: Call) -> None:
+        body = await call.body()
+        request = wire.decode_completion(body, self._limits)
+        pool = self._choose(call, request.model)
+        out = self._open(call, sse=request.stream)
+        if pool.kind == "chat":
+            work = relay(
+                pool,
+                "/completions",
+                body,
+                out,
+                call.tally,
+                stream=request.stream,
+                options=request.stream_options,
+            )
+        else:
+            work = self._complete(call, pool, request, out)
+        await self._answer(call, out, work)
+
+    async def _complete(
+        self, call: Call, pool: ModelPool, request: wire.CompletionRequest, out: EventStream
+    ) -> None:
+        if request.suffix is not None:
+            raise InvalidRequest(f"{pool.name} can't fill in the middle of a text.", param="suffix")
+        self._chat.check_choices(len(request.prompts) * request.choices)
+        engine = await pool.engine()
+        prompts = [
+            prompt if isinstance(prompt, list) else await engine.tokenize(prompt, special=False)
+            for prompt in request.prompts
+        ]
+        echo = None
+        if request.echo:
+            echo = [p if isinstance(p, str) else await engine.detokenize(p) for p in request.prompts]
+        events = self._chat.complete(pool, request, prompts, call.tally)
+        identity = self._identity(call, "cmpl", pool)
+        if request.stream:
+            encoder = completion.CompletionStream(
+                *identity,
+                include_usage=request.include_usage,
+                prompts=len(prompts),
+                n=request.choices,
+                echo=echo,
+            )
+            await stream_events(events, out, encoder)
+        else:
+            collector = completion.CompletionCollector(
+                *identity, prompts=len(prompts), n=request.choices, echo=echo
+            )
+            await collect_events(events, out, collector)
+
+    async def embeddings(self, call: Call) -> None:
+        body = await call.body()
+        request = wire.decode_embedding(body, self._limits)
+        pool = self._choose(call, request.model)
+        if pool.kind == "chat":
+            out = self._open(call, sse=False)
+            await self._answer(call, out, relay(pool, "/embeddings", body, out, call.tally))
+            return
+        if request.dimensions is not None:
+            raise InvalidRequest(f"{pool.name} has vectors of one size only.", param="dimensions")
+        engine = await pool.engine()
+        inputs = [
+            text if isinstance(text, list) else await engine.tokenize(text, special=False)
+            for text in request.inputs
+        ]
+        vectors = await engine.embed(inputs)
+        call.tally.prompt_tokens = sum(len(ids) for ids in inputs)
+        answer = completion.embedding_response(
+            pool.name, vectors, call.tally.prompt_tokens, encoding=request.encoding_format
+        )
+        await self._json(call, answer)
+
+    async def tokenize(self, call: Call) -> None:
+        request = wire.decode_tokenize(await call.body(), self._limits)
+        pool = self._token_pool(call, request.model)
+        info, engine = await pool.info(), await pool.engine()
+        if request.messages is not None:
+            ids = await prompt_ids(engine, info, request.messages, request.tools)
+        else:
+            ids = await engine.tokenize(request.text, special=request.add_special_tokens)
+        await self._json(call, {"tokens": ids, "count": len(ids), "max_model_len": info.context})
+
+    async def detokenize(self, call: Call) -> None:
+        request = wire.decode_detokenize(await call.body(), self._limits)
+        engine = await self._token_pool(call, request.model).engine()
+        text = await engine.detokenize(request.tokens)
+        await self._json(call, {"content": text, "prompt": text})
+
+    async def models(self, call: Call) -> None:
+        listed = [self._directory.describe(pool) for pool in self._directory.pools]
+        await self._json(call, {"object": "list", "data": listed})
+
+    async def model(self, call: Call) -> None:
+        await self._json(call, self._directory.describe(self._directory.find(call.rest)))
+
+    async def openapi(self, call: Call) -> None:
+        await self._json(call, self._openapi)
+
+    async def metrics(self, call: Call) -> None:
+        text = await asyncio.to_thread(metrics.exposition, self._directory.pools)
+        call.tally.status = 200
+        kind = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+        await send_bytes(call.send, 200, text, [*call.headers, kind])
+
+    async def health(self, call: Call) -> None:
+        await self._json(call, {"status": "ok"})
+
+    async def ready(self, call: Call) -> None:
+        missing = [pool.name for pool in self._directory.pools if not pool.ready]
+        if len(missing) == len(self._directory.pools):
+            raise EngineUnavailable(f"No engine is ready: {', '.join(missing)}.", retry_after=1.0)
+        await self._json(call, {"status": "ready", "not_ready": missing})
+
+    async def version(self, call: Call) -> None:
+        await self._json(call, {"version": __version__})
+
+    def _choose(self, call: Call, name: str) -> ModelPool:
+        pool = self._directory.find(name)
+        call.tally.model = pool.name
+        return pool
+
+    def _token_pool(self, call: Call, name: str | None) -> ModelPool:
+        pool = self._directory.pools[0] if name is None else self._directory.find(name)
+        call.tally.model = pool.name
+        if pool.kind != "token":
+            raise InvalidRequest(
+                f"{pool.name} is served by an upstream that gives no access to its tokens.", param="model"
+            )
+        return pool
+
+    def _open(self, call: Call, *, sse: bool) -> EventStream:
+        return EventStream(
+            call.send,
+            call.headers,
+            sse=sse,
+            first_timeout=self._server.first_event_timeout,
+            interval=self._server.keep_alive_interval,
+        )
+
+    async def _answer(self, call: Call, out: EventStream, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work that fills `out`; whatever ends it early is told to the client if it is still there."""
+        try:
+            await work
+        except ApiError as error:
+            await out.fail(error)
+        except asyncio.CancelledError:
+            if not call.connection_lost:
+                await out.fail(EngineUnavailable("The service is shutting down.", retry_after=5.0))
+            raise
+        finally:
+            out.close()
+            call.tally.status = out.status
+
+    async def _json(self, call: Call, value: object) -> None:
+        call.tally.status = 200
+        await send_json(call.send, 200, value, call.headers)
+
+    def _identity(self, call: Call, kind: str, pool: ModelPool) -> tuple[str, int, str]:
+        return f"{kind}-{call.id[4:]}", int(time.time()), pool.name
+
+
+class Encoder(Protocol):
+    """Turns events into SSE bytes."""
+
+    def feed(self, events: list[Event]) -> bytes: ...
+    def done(self) -> bytes: ...
+
+
+class Collector(Protocol):
+    """Turns events into one JSON answer."""
+
+    def feed(self, events: list[Event]) -> None: ...
+    def response(self) -> bytes: ...
+
+
+async def stream_events(events: Events, out: EventStream, encoder: Encoder) -> None:
+    async with aclosing(events):
+        async for group in events:
+            if data := encoder.feed(group):
+                await out.write(data)
+    await out.finish(encoder.done())
+
+
+async def collect_events(events: Events, out: EventStream, collector: Collector) -> None:
+    async with aclosing(events):
+        async for group in events:
+            collector.feed(group)
+    await out.finish(collector.response())

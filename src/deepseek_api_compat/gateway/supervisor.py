@@ -1,0 +1,342 @@
+"""The process that owns everything: engines, workers, the key store and the control socket.
+
+It serves no request itself. A dead worker is replaced and its slots taken back; a dead engine is
+restarted by its `ManagedProcess`; when the supervisor dies, all of them die.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from deepseek_api_compat import control
+from deepseek_api_compat.config import Settings
+from deepseek_api_compat.engines.base import EngineState
+from deepseek_api_compat.engines.lifeline import Lifeline
+from deepseek_api_compat.errors import SetupError
+from deepseek_api_compat.gateway import channel
+from deepseek_api_compat.gateway.app import shared_cells, slot_table
+from deepseek_api_compat.gateway.replicas import Replica, replicas_of
+from deepseek_api_compat.gateway.shared import SharedMemory
+from deepseek_api_compat.gateway.slots import wake
+from deepseek_api_compat.security.admin import KeyAdmin
+from deepseek_api_compat.store.base import KeyRecord
+
+MAX_START_FAILURES = 3
+ACK_TIMEOUT = 5.0
+
+
+class WorkerProcess:
+    """One worker slot: the process that fills it now and the channel to it."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.process: asyncio.subprocess.Process | None = None
+        self.writer: asyncio.StreamWriter | None = None
+        self.started = asyncio.Event()
+        self.acknowledged = 0
+        self.failures = 0
+
+    def send(self, message: channel.AnyMessage) -> None:
+        if self.writer is not None:
+            self.writer.write(channel.encode(message))
+
+
+class Supervisor:
+    """Runs until it is told to stop. One task owns each worker slot, each replica its process."""
+
+    def __init__(
+        self, settings: Settings, listener: socket.socket, admin: KeyAdmin, on_ready: Callable[[], None]
+    ) -> None:
+        """`on_ready` is called once, when workers accept connections and an engine can answer."""
+        self._settings = settings
+        self._listener = listener
+        self._admin = admin
+        self._on_ready = on_ready
+        self._run_dir = settings.data_dir / "run"
+        self._started = int(time.time())
+        self._keys_version = 1
+        self._keys: Sequence[KeyRecord] = ()
+        self._keys_changed = asyncio.Condition()
+        self._stopping = asyncio.Event()
+        self._failure: str | None = None
+        self._said_ready = False
+
+        self._memory = SharedMemory.create(shared_cells(settings))
+        self._slots = slot_table(settings, self._memory)
+        self._pipes = [os.pipe() for _ in range(settings.server.workers)]
+        for read, write in self._pipes:
+            os.set_blocking(read, False)
+            os.set_blocking(write, False)
+        self._workers = [WorkerProcess(index) for index in range(settings.server.workers)]
+        self._replicas: list[Replica] = []
+        self._lifeline = Lifeline()
+
+    async def run(self) -> None:
+        """Serve until SIGINT or SIGTERM, then drain. Raises SetupError if the service can't be kept up."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        self._prepare_run_dir()
+        server = await self._start_control()
+        # After the control socket is there, so that no key made in between is missed.
+        self._keys = await asyncio.to_thread(self._admin.store.list)
+        self._replicas = replicas_of(self._settings, self._lifeline, self._on_replica_change)
+        keepers = [asyncio.create_task(self._keep_worker(worker)) for worker in self._workers]
+        await asyncio.gather(*(replica.start() for replica in self._replicas))
+        await self._stopping.wait()
+        await self._drain(keepers)
+        server.close()
+        await asyncio.gather(*(replica.stop() for replica in self._replicas))
+        control.control_socket_path(self._settings.data_dir).unlink(missing_ok=True)
+        if self._failure:
+            raise SetupError(self._failure)
+
+    def _prepare_run_dir(self) -> None:
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+        (self._run_dir / "metrics").mkdir(parents=True, mode=0o700)
+        self._run_dir.chmod(0o700)
+
+    def _on_signal(self) -> None:
+        if self._stopping.is_set():  # a second Ctrl-C: no more patience
+            for worker in self._workers:
+                if worker.process is not None and worker.process.returncode is None:
+                    worker.process.kill()
+        self._stopping.set()
+
+    # Replicas
+
+    def _on_replica_change(self, replica: Replica) -> None:
+        slots = replica.slots if replica.state == "ready" else 0
+        wake(
+            [write for _, write in self._pipes], self._slots.set_capacity(replica.pool, replica.number, slots)
+        )
+        message = channel.Engines(self._engine_states())
+        for worker in self._workers:
+            worker.send(message)
+        self._check_ready()
+
+    def _engine_states(self) -> list[EngineState]:
+        return [replica.describe() for replica in self._replicas]
+
+    def _check_ready(self) -> None:
+        ready = all(worker.started.is_set() for worker in self._workers) and any(
+            replica.state == "ready" for replica in self._replicas
+        )
+        if ready and not self._said_ready:
+            self._said_ready = True
+            self._on_ready()
+        if not self._said_ready and self._replicas and all(r.state == "failed" for r in self._replicas):
+            self._failure = "No engine could be started. " + next(
+                (r.detail for r in self._replicas if r.detail), ""
+            )
+            self._stopping.set()
+
+    # Workers
+
+    async def _keep_worker(self, worker: WorkerProcess) -> None:
+        while not self._stopping.is_set():
+            began = time.monotonic()
+            await self._run_worker(worker)
+            wake([write for _, write in self._pipes], self._slots.forget_worker(worker.index))
+            if self._stopping.is_set():
+                return
+            worker.failures = worker.failures + 1 if time.monotonic() - began < 5.0 else 0
+            if worker.failures >= MAX_START_FAILURES and not self._said_ready:
+                self._failure = f"A gateway worker can't start; see {self._log_path}."
+                self._stopping.set()
+                return
+            await asyncio.sleep(min(5.0, 0.05 * 2**worker.failures))
+
+    @property
+    def _log_path(self) -> Path:
+        return self._settings.data_dir / "logs" / "gateway.log"
+
+    def _open_log(self) -> BinaryIO:
+        self._log_path.parent.mkdir(mode=0o700, exist_ok=True)
+        return open(self._log_path, "ab")
+
+    async def _run_worker(self, worker: WorkerProcess) -> None:
+        """One life of a worker, from start to exit."""
+        ours, theirs = socket.socketpair()
+        write_ends = [write for _, write in self._pipes]
+        my_fd = self._pipes[worker.index][0]
+        fds = [
+            theirs.fileno(),
+            self._listener.fileno(),
+            self._memory.fd,
+            self._lifeline.fd,
+            my_fd,
+            *write_ends,
+        ]
+        argv = [sys.executable, "-m", "deepseek_api_compat.gateway.worker"]
+        argv += [
+            "--channel",
+            str(fds[0]),
+            "--listen",
+            str(fds[1]),
+            "--memory",
+            str(fds[2]),
+            "--lifeline",
+            str(fds[3]),
+        ]
+        argv += ["--my-fd", str(my_fd), "--wake-fds", ",".join(map(str, write_ends))]
+        with self._open_log() as log:
+            worker.process = await asyncio.create_subprocess_exec(
+                *argv,
+                pass_fds=fds,
+                stdin=asyncio.subprocess.DEVNULL,
+                stderr=log,
+                env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._run_dir / "metrics")},
+                start_new_session=True,  # Ctrl-C is for the supervisor, which then drains the workers
+            )
+        theirs.close()
+        reader, worker.writer = await asyncio.open_connection(sock=ours, limit=channel.LIMIT)
+        worker.send(
+            channel.Hello(
+                worker=worker.index,
+                started=self._started,
+                settings=self._settings,
+                master=self._admin.master.hex(),
+                version=self._keys_version,
+                keys=self._keys,
+                engines=self._engine_states(),
+            )
+        )
+        worker.acknowledged = self._keys_version
+        async for message in channel.messages(reader):
+            if isinstance(message, channel.Started):
+                worker.started.set()
+                # What changed between Hello and now.
+                worker.send(channel.Engines(self._engine_states()))
+                if worker.acknowledged != self._keys_version:
+                    worker.send(channel.Keys(self._keys_version, self._keys))
+                self._check_ready()
+            elif isinstance(message, channel.Acknowledged):
+                async with self._keys_changed:
+                    worker.acknowledged = message.version
+                    self._keys_changed.notify_all()
+        worker.started.clear()
+        worker.writer.close()
+        worker.writer = None
+        await worker.process.wait()
+        async with self._keys_changed:
+            self._keys_changed.notify_all()
+
+    async def _drain(self, keepers: list[asyncio.Task[None]]) -> None:
+        self._listener.close()
+        for worker in self._workers:
+            worker.send(channel.Drain())
+        patience = self._settings.server.drain_timeout + 5.0
+        _, late = await asyncio.wait(keepers, timeout=patience)
+        for worker in self._workers:
+            if worker.process is not None and worker.process.returncode is None:
+                worker.process.kill()
+        if late:
+            await asyncio.wait(late)
+
+    # The control socket
+
+    async def _start_control(self) -> asyncio.AbstractServer:
+        path = control.control_socket_path(self._settings.data_dir)
+        path.unlink(missing_ok=True)
+        server = await asyncio.start_unix_server(self._serve_control, path=str(path), limit=control.MAX_LINE)
+        path.chmod(0o600)
+        return server
+
+    async def _serve_control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                try:
+                    op, params = control.decode_request(line)
+                    reply = control.encode_result(await self._operate(op, params))
+                except SetupError as error:
+                    reply = control.encode_error(error)
+                writer.write(reply)
+                await writer.drain()
+        except (ConnectionError, ValueError):
+            pass  # the command went away, or sent a line over the limit
+        finally:
+            writer.close()
+
+    async def _operate(self, op: str, params: dict[str, Any]) -> Any:
+        if op == "engines.list":
+            return [
+                {
+                    "model": s.model,
+                    "replica": s.replica,
+                    "kind": s.kind,
+                    "state": s.state,
+                    "pid": s.pid,
+                    "detail": s.detail,
+                }
+                for s in self._engine_states()
+            ]
+        result = await asyncio.to_thread(self._admin.handle, op, params)
+        if op != "keys.list":
+            await self._publish_keys()
+        return result
+
+    async def _publish_keys(self) -> None:
+        """Give the key table to all live workers and wait until they use it."""
+        self._keys = await asyncio.to_thread(self._admin.store.list)
+        self._keys_version += 1
+        version = self._keys_version
+        for worker in self._workers:
+            worker.send(channel.Keys(version, self._keys))
+
+        def all_know() -> bool:
+            return all(w.acknowledged >= version for w in self._workers if w.started.is_set())
+
+        async with self._keys_changed:
+            try:
+                await asyncio.wait_for(self._keys_changed.wait_for(all_know), ACK_TIMEOUT)
+            except asyncio.TimeoutError:
+                raise SetupError("The change is stored, but a worker has not confirmed it yet.") from None
+
+
+def lock_data_dir(data_dir: Path) -> int:
+    """Hold the data directory for this service. Raises SetupError if another one has it."""
+    fd = os.open(data_dir / "serve.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise SetupError(
+            f"Another service is already running on the data directory {data_dir}; stop it or use --data-dir."
+        ) from None
+    return fd
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet. Raises SetupError with the reason in one sentence."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise SetupError(f"Can't use the address {host}: {error.strerror or error}.") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except PermissionError:
+        listener.close()
+        raise SetupError(
+            f"Ports below 1024, such as {port}, need root rights; choose another with --port."
+        ) from None
+    except OSError as error:
+        listener.close()
+        if error.errno == 98 or "in use" in str(error):
+            raise SetupError(
+                f"Port {port} is already in use; choose another with --port, or stop its owner."
+            ) from None
+        raise SetupError(f"Can't listen on {host} port {port}: {error.strerror}.") from None
+    return listener

@@ -1,0 +1,140 @@
+"""One gateway process: `python -m deepseek_api_compat.gateway.worker`, started by the supervisor only.
+
+It inherits the listening socket, a channel to the supervisor, the shared memory and the wake pipes.
+It dies when the supervisor does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import socket
+import ssl
+import sys
+from collections.abc import Callable
+
+import uvicorn
+import uvloop
+
+from deepseek_api_compat.config import ServerSettings
+from deepseek_api_compat.engines.lifeline import die_with_parent
+from deepseek_api_compat.gateway import channel
+from deepseek_api_compat.gateway.app import Application, shared_cells
+from deepseek_api_compat.gateway.http import HttpProtocol, sweep
+from deepseek_api_compat.gateway.shared import SharedMemory
+from deepseek_api_compat.security.keys import KeyTable
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which says when it accepts connections."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+
+def tls13_only(config: uvicorn.Config, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+    context = default()
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context
+
+
+def server_config(gate: object, server: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        gate,  # type: ignore[arg-type]
+        http=HttpProtocol,
+        loop="none",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=int(server.keep_alive_timeout),
+        timeout_graceful_shutdown=int(server.drain_timeout),
+        ssl_certfile=server.tls_cert,
+        ssl_keyfile=server.tls_key,
+        ssl_context_factory=tls13_only if server.tls_cert else None,
+    )
+
+
+async def serve(args: argparse.Namespace) -> None:
+    reader, writer = await asyncio.open_connection(
+        sock=socket.socket(fileno=args.channel), limit=channel.LIMIT
+    )
+    incoming = channel.messages(reader)
+    hello = await incoming.__anext__()
+    assert isinstance(hello, channel.Hello)
+    settings = hello.settings
+    logging.basicConfig(
+        level=settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
+    master = bytes.fromhex(hello.master)
+    application = Application(
+        settings,
+        KeyTable(hello.keys, master, hello.version),
+        SharedMemory(args.memory, shared_cells(settings)),
+        worker=hello.worker,
+        wake_fds=[int(fd) for fd in args.wake_fds.split(",")],
+        my_fd=args.my_fd,
+        created=hello.started,
+    )
+    application.use_engines(hello.engines)
+    application.start()
+    server = Server(
+        server_config(application.gate, settings.server),
+        on_started=lambda: writer.write(channel.encode(channel.Started())),
+    )
+
+    async def listen() -> None:
+        async for message in incoming:
+            if isinstance(message, channel.Keys):
+                application.use_keys(KeyTable(message.keys, master, message.version))
+                writer.write(channel.encode(channel.Acknowledged(message.version)))
+            elif isinstance(message, channel.Engines):
+                application.use_engines(message.engines)
+            elif isinstance(message, channel.Drain):
+                server.should_exit = True
+
+    listening = asyncio.create_task(listen())
+    # Without the channel nobody owns this process: the lifeline ends it, and so does a broken channel.
+    listening.add_done_callback(lambda task: None if task.cancelled() else os._exit(1))
+    tasks = [
+        listening,
+        asyncio.create_task(
+            sweep(
+                server.server_state.connections, settings.server.header_timeout, settings.server.body_timeout
+            )
+        ),
+    ]
+    # What was built so far lives as long as the process: keep the garbage collector off it.
+    gc.collect()
+    gc.freeze()
+    try:
+        await server.serve(sockets=[socket.socket(fileno=args.listen)])
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    for name in ("--channel", "--listen", "--memory", "--lifeline", "--my-fd"):
+        parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--wake-fds", required=True)
+    args = parser.parse_args()
+    die_with_parent(args.lifeline)
+    uvloop.run(serve(args))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
