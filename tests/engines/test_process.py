@@ -236,7 +236,7 @@ async def test_child_does_not_outlive_a_killed_supervisor(
 ) -> None:
     socket_path.parent.mkdir()
     argv = [sys.executable, "-c", SUPERVISOR, str(socket_path), str(tmp_path / "log"), "--stubborn", *options]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     supervisor = await asyncio.create_subprocess_exec(*argv, env=env, stdout=asyncio.subprocess.PIPE)
     assert supervisor.stdout is not None
     child = int(await supervisor.stdout.readline())
