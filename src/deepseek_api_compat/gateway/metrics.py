@@ -6,6 +6,8 @@ in PROMETHEUS_MULTIPROC_DIR, so counts survive a killed worker. docs/api.md has 
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -108,34 +110,48 @@ class Tally:
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
 
     def settle(self, now: float) -> None:
-        children = _children(self.endpoint, self.model, self.status)
-        children[0].inc()
-        children[1].observe(now - self.start)
+        key = (self.endpoint, self.model, self.status)
+        children = _known.get(key)
+        if children is None:
+            children = _known[key] = _Children(*key)
+        children.requests.inc()
+        children.duration.observe(now - self.start)
         if self.first:
-            children[2].observe(self.first - self.start)
+            children.ttft.observe(self.first - self.start)
         if self.prompt_tokens:
-            children[3].inc(self.prompt_tokens)
+            children.prompt.inc(self.prompt_tokens)
         if self.cached_tokens:
-            children[4].inc(self.cached_tokens)
+            children.cached.inc(self.cached_tokens)
         if self.completion_tokens:
-            children[5].inc(self.completion_tokens)
+            children.completion.inc(self.completion_tokens)
 
 
-_known: dict[tuple[str, str, int], tuple[Counter, Histogram, Histogram, Counter, Counter, Counter]] = {}
+class _Children:
+    """The metrics of one endpoint, model and status, looked up once: `labels()` costs microseconds.
+
+    Those of a model are made at its first use, so that refused requests leave no series without a name.
+    """
+
+    def __init__(self, endpoint: str, model: str, status: int) -> None:
+        self._model = model
+        self.requests = REQUESTS.labels(endpoint, model, str(status))
+        self.duration = DURATION.labels(endpoint, model)
+
+    @cached_property
+    def ttft(self) -> Histogram:
+        return TTFT.labels(self._model)
+
+    @cached_property
+    def prompt(self) -> Counter:
+        return TOKENS.labels(self._model, "prompt")
+
+    @cached_property
+    def cached(self) -> Counter:
+        return TOKENS.labels(self._model, "cached")
+
+    @cached_property
+    def completion(self) -> Counter:
+        return TOKENS.labels(self._model, "completion")
 
 
-def _children(
-    endpoint: str, model: str, status: int
-) -> tuple[Counter, Histogram, Histogram, Counter, Counter, Counter]:
-    """Metric children by label values, looked up once (labels() costs microseconds)."""
-    found = _known.get((endpoint, model, status))
-    if found is None:
-        found = _known[endpoint, model, status] = (
-            REQUESTS.labels(endpoint, model, str(status)),
-            DURATION.labels(endpoint, model),
-            TTFT.labels(model),
-            TOKENS.labels(model, "prompt"),
-            TOKENS.labels(model, "cached"),
-            TOKENS.labels(model, "completion"),
-        )
-    return found
+_known: dict[tuple[str, str, int], _Children] = {}
