@@ -53,6 +53,7 @@ class Application:
             memory.cells - MAX_KEYS,
             default_rps=limits.requests_per_second,
             burst_seconds=limits.burst_seconds,
+            alone=settings.server.workers == 1,
         )
         api = Api(ModelDirectory(self._pools, created), ChatService(max_choices=limits.max_n), settings)
         self.gate = Gate(api.routes(), keys, limiter, settings)

@@ -27,7 +27,7 @@ from deepseek_api_compat.errors import (
 from deepseek_api_compat.gateway import metrics
 from deepseek_api_compat.gateway.limits import RateLimiter
 from deepseek_api_compat.gateway.metrics import Tally
-from deepseek_api_compat.gateway.response import Headers, Send, send_error
+from deepseek_api_compat.gateway.response import Headers, Responder, send_error
 from deepseek_api_compat.security.keys import KeyTable, Principal
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -40,18 +40,16 @@ logger = logging.getLogger("deepseek_api")
 class Call:
     """One request on its way through its handler."""
 
-    __slots__ = ("_max_body", "_receive", "headers", "id", "principal", "rest", "scope", "send", "tally")
+    __slots__ = ("_max_body", "_receive", "headers", "id", "out", "principal", "rest", "scope", "tally")
 
-    def __init__(
-        self, scope: Scope, receive: Receive, send: Send, request_id: str, tally: Tally, max_body: int
-    ) -> None:
+    def __init__(self, scope: Scope, receive: Receive, request_id: str, tally: Tally, max_body: int) -> None:
         self.scope = scope
         self._receive = receive
-        self.send = send
+        self.out = Responder(scope)
         self.id = request_id
         self.tally = tally
         self._max_body = max_body
-        self.headers: Headers = [(b"x-request-id", request_id.encode())]
+        self.headers: Headers = [b"x-request-id: %b\r\n" % request_id.encode()]
         self.principal: Principal | None = None
         self.rest = ""  # what follows the route's path, as the id in /models/{id}
 
@@ -80,7 +78,7 @@ class Call:
         return b"".join(parts)
 
     def _too_large(self) -> BodyTooLarge:
-        self.headers.append((b"connection", b"close"))
+        self.out.close_afterwards()
         return BodyTooLarge(f"The request body is over {self._max_body} bytes.")
 
 
@@ -122,22 +120,22 @@ class Gate:
         self._id_prefix = os.urandom(6).hex()
         self._ids = itertools.count(1)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, _send: object) -> None:
+        """ASGI, except that answers are written by `Responder`, not through `send`."""
         if scope["type"] != "http":
             raise RuntimeError(f"{scope['type']} connections are not served")
         connection = scope["connection"]
         connection.handler = asyncio.current_task()
         tally = Tally("unknown", time.monotonic())
-        call = Call(
-            scope, receive, send, f"req-{self._id_prefix}{next(self._ids):08x}", tally, self._max_body
-        )
+        request_id = f"req-{self._id_prefix}{next(self._ids):08x}"
+        call = Call(scope, receive, request_id, tally, self._max_body)
         try:
             await self._serve(call)
         except ApiError as error:
             tally.status = error.status
             if tally.model == "":
                 metrics.REFUSED.labels(error.code or error.type).inc()
-            await send_error(send, error, call.headers)
+            await send_error(call.out, error, call.headers)
         except asyncio.CancelledError:
             tally.status = 499
             if not call.connection_lost:
@@ -146,11 +144,11 @@ class Gate:
         except Exception:
             tally.status = 500
             logger.exception("request %s failed", call.id)
-            if connection.cycle.response_started:
-                connection.transport.close()
+            if call.out.started:
+                call.out.abort()
             else:
                 apology = InternalError(f"Internal error. Please report it with the request id {call.id}.")
-                await send_error(send, apology, call.headers)
+                await send_error(call.out, apology, call.headers)
         finally:
             connection.handler = None
             tally.settle(time.monotonic())
@@ -173,9 +171,9 @@ class Gate:
             allowance = self._limiter.admit(call.principal.index, call.principal.rps)
             if allowance is not None:
                 call.headers += (
-                    (b"x-ratelimit-limit-requests", b"%d" % allowance.limit),
-                    (b"x-ratelimit-remaining-requests", b"%d" % allowance.remaining),
-                    (b"x-ratelimit-reset-requests", b"%.3fs" % allowance.reset),
+                    b"x-ratelimit-limit-requests: %d\r\n" % allowance.limit,
+                    b"x-ratelimit-remaining-requests: %d\r\n" % allowance.remaining,
+                    b"x-ratelimit-reset-requests: %.3fs\r\n" % allowance.reset,
                 )
         await handler(call)
 

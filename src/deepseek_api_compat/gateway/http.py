@@ -81,6 +81,8 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_headers = False
         super().on_headers_complete()
+        # Which cycle serves a request; with pipelining it is not always the connection's latest.
+        self.scope["cycle"] = self.cycle  # type: ignore[typeddict-unknown-key]
 
     def on_message_complete(self) -> None:
         self._between = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 
@@ -35,14 +36,18 @@ class RateLimiter:
         *,
         default_rps: float,
         burst_seconds: float,
+        alone: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Cells `offset .. offset + MAX_KEYS` of `memory` hold one arrival time for each key."""
-        self._memory = memory
+        """Cells `offset .. offset + MAX_KEYS` of `memory` hold one arrival time for each key.
+
+        `alone`: no other process counts here, so no lock is needed.
+        """
         self._times = memory.floats
         self._offset = offset
         self._default = default_rps
         self._burst = burst_seconds
+        self._lock: AbstractContextManager[object] = nullcontext() if alone else memory
         self._clock = clock  # CLOCK_MONOTONIC is one clock for all processes of a machine
 
     def admit(self, index: int, rps: float | None) -> Allowance | None:
@@ -56,7 +61,7 @@ class RateLimiter:
         interval = 1.0 / rate
         tolerance = max(self._burst, interval)
         cell = self._offset + index % MAX_KEYS
-        with self._memory:
+        with self._lock:
             now = self._clock()
             arrival = max(self._times[cell], now) + interval
             ahead = arrival - now

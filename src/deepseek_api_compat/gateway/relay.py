@@ -126,9 +126,9 @@ async def _relay_events(response: Response, out: EventStream, tally: Tally, *, h
             if not tally.first:
                 tally.first = time.monotonic()
             tokens += events.count(b"data:")
-            if USAGE.search(events):
+            if b'"usage"' in events and USAGE.search(events):
                 events = _take_usage(events, tally, hide=hide_usage)
-            if ERROR.search(events):
+            if b'"error"' in events and ERROR.search(events):
                 events = _before_error(events)
                 if events:
                     await out.write(events)

@@ -1,42 +1,125 @@
-"""Answering one ASGI request: whole answers, and streams whose headers wait for the first event."""
+"""Answering one request: whole answers, and streams whose headers wait for the first event."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import msgspec
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from deepseek_api_compat.errors import ApiError, MethodNotAllowed
 
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
+Headers = list[bytes]  # whole lines, each with its line end
 
-JSON = (b"content-type", b"application/json")
-SSE = (b"content-type", b"text/event-stream; charset=utf-8")
-
-
-async def send_bytes(send: Send, status: int, body: bytes, headers: Headers) -> None:
-    headers.append((b"content-length", b"%d" % len(body)))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+JSON = b"content-type: application/json\r\n"
+SSE = (
+    b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
+)
 
 
-async def send_json(send: Send, status: int, value: object, headers: Headers) -> None:
-    await send_bytes(send, status, msgspec.json.encode(value), [*headers, JSON])
+class Responder:
+    """Writes one response to its connection, each step with a single write.
+
+    uvicorn's own `send` writes head and body apart, two packets for every answer; what it keeps in its
+    request cycle (state, keep-alive, flow control) is used and kept true here.
+    """
+
+    __slots__ = ("_chunked", "_cycle", "_no_body")
+
+    def __init__(self, scope: MutableMapping[str, Any]) -> None:
+        self._cycle = scope["cycle"]
+        self._chunked = scope["http_version"] == "1.1"
+        self._no_body = scope["method"] == "HEAD"
+
+    @property
+    def started(self) -> bool:
+        return bool(self._cycle.response_started)
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        """A complete response."""
+        length = b"content-length: %d\r\n\r\n" % len(body)
+        self._write(self._head(status, headers) + length + (b"" if self._no_body else body))
+        await self._complete()
+
+    async def begin(self, status: int, headers: Headers, data: bytes) -> None:
+        """The head and the first part of a response of unknown length."""
+        coding = b"transfer-encoding: chunked\r\n\r\n" if self._chunked else b"\r\n"
+        if not self._chunked:
+            self._cycle.keep_alive = False  # HTTP/1.0: the end of the connection ends the body
+        self._write(self._head(status, headers) + coding + self._frame(data))
+        await self._drained()
+
+    async def part(self, data: bytes) -> None:
+        """More of it. Waits while the client reads slower than we write."""
+        self._write(self._frame(data))
+        if self._cycle.flow.write_paused:
+            await self._drained()
+
+    async def end(self, data: bytes) -> None:
+        """The last part, which may be empty."""
+        last = b"0\r\n\r\n" if self._chunked and not self._no_body else b""
+        self._write(self._frame(data) + last)
+        await self._complete()
+
+    def close_afterwards(self) -> None:
+        """Don't keep the connection for another request."""
+        self._cycle.keep_alive = False
+
+    def abort(self) -> None:
+        """Break off: the client sees an incomplete response."""
+        self._cycle.transport.close()
+
+    def _head(self, status: int, headers: Headers) -> bytes:
+        cycle = self._cycle
+        cycle.response_started = True
+        cycle.waiting_for_100_continue = False
+        lines = [STATUS_LINE[status]]
+        for name, value in cycle.default_headers:
+            lines += (name, b": ", value, b"\r\n")
+        lines += headers
+        if not cycle.keep_alive:
+            lines.append(b"connection: close\r\n")
+        return b"".join(lines)
+
+    def _frame(self, data: bytes) -> bytes:
+        if self._no_body or not data:
+            return b""
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
+
+    def _write(self, data: bytes) -> None:
+        if data and not self._cycle.disconnected:
+            self._cycle.transport.write(data)
+
+    async def _drained(self) -> None:
+        if self._cycle.flow.write_paused:
+            await self._cycle.flow.drain()
+
+    async def _complete(self) -> None:
+        cycle = self._cycle
+        cycle.response_complete = True
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            cycle.transport.close()
+        cycle.on_response()
+        await self._drained()
 
 
-async def send_error(send: Send, error: ApiError, headers: Headers) -> None:
+async def send_json(out: Responder, status: int, value: object, headers: Headers) -> None:
+    await out.whole(status, [*headers, JSON], msgspec.json.encode(value))
+
+
+async def send_error(out: Responder, error: ApiError, headers: Headers) -> None:
     extra = list(headers)
     if error.retry_after is not None:
-        extra.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
+        extra.append(b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after)))
     if error.status == 401:
-        extra.append((b"www-authenticate", b"Bearer"))
+        extra.append(b"www-authenticate: Bearer\r\n")
     if isinstance(error, MethodNotAllowed):
-        extra.append((b"allow", ", ".join(error.allowed).encode()))
-    await send_json(send, error.status, error.body(), extra)
+        extra.append(b"allow: %b\r\n" % ", ".join(error.allowed).encode())
+    await send_json(out, error.status, error.body(), extra)
 
 
 class EventStream:
@@ -49,14 +132,13 @@ class EventStream:
     """
 
     def __init__(
-        self, send: Send, headers: Headers, *, sse: bool, first_timeout: float, interval: float
+        self, out: Responder, headers: Headers, *, sse: bool, first_timeout: float, interval: float
     ) -> None:
-        self._send = send
+        self._out = out
         self._headers = headers
         self._sse = sse
         self._interval = interval
         self.status = 200
-        self._started = False
         self._silent = True
         self._beat: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -65,36 +147,31 @@ class EventStream:
     async def write(self, data: bytes) -> None:
         """Send part of the body; waits while the client reads slower than we write."""
         self._silent = False
-        if not self._started:
-            await self._start()
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        if self._out.started:
+            await self._out.part(data)
+        else:
+            await self._begin(data)
 
     async def finish(self, data: bytes) -> None:
         """Send the last part of the body."""
         self.close()
-        if self._started:
-            await self._send({"type": "http.response.body", "body": data})
-            return
-        self._started = True
-        if self._sse:
-            self._headers += [SSE, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-            await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
-            await self._send({"type": "http.response.body", "body": data})
+        if self._out.started:
+            await self._out.end(data)
+        elif self._sse:
+            await self._begin(data)
+            await self._out.end(b"")
         else:
-            self._headers.append(JSON)
-            await send_bytes(self._send, 200, data, self._headers)
+            await self._out.whole(200, [*self._headers, JSON], data)
 
     async def fail(self, error: ApiError) -> None:
         """Report an error in the way that is still possible."""
         self.close()
         self.status = error.status
-        if not self._started:
-            self._started = True
-            await send_error(self._send, error, self._headers)
+        if not self._out.started:
+            await send_error(self._out, error, self._headers)
             return
         body = msgspec.json.encode(error.body())
-        data = b"data: " + body + b"\n\n" if self._sse else body
-        await self._send({"type": "http.response.body", "body": data})
+        await self._out.end(b"data: " + body + b"\n\n" if self._sse else body)
 
     def close(self) -> None:
         """No more keep-alives. Called on every way out."""
@@ -103,13 +180,8 @@ class EventStream:
             self._beat.cancel()
             self._beat = None
 
-    async def _start(self) -> None:
-        self._started = True
-        if self._sse:
-            self._headers += [SSE, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        else:
-            self._headers.append(JSON)
-        await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+    async def _begin(self, data: bytes) -> None:
+        await self._out.begin(200, [*self._headers, SSE if self._sse else JSON], data)
 
     def _on_timer(self) -> None:
         self._timer = self._loop.call_later(self._interval, self._on_timer)
@@ -118,12 +190,8 @@ class EventStream:
         self._silent = True
 
     async def _send_beat(self) -> None:
-        if not self._started:
-            await self._start()
-        await self._send(
-            {
-                "type": "http.response.body",
-                "body": b": keep-alive\n\n" if self._sse else b"\n",
-                "more_body": True,
-            }
-        )
+        beat = b": keep-alive\n\n" if self._sse else b"\n"
+        if self._out.started:
+            await self._out.part(beat)
+        else:
+            await self._begin(beat)

@@ -16,7 +16,7 @@ from deepseek_api_compat.gateway.chat import ChatService, Events, prompt_ids
 from deepseek_api_compat.gateway.gate import Call, Route
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.relay import relay
-from deepseek_api_compat.gateway.response import EventStream, send_bytes, send_json
+from deepseek_api_compat.gateway.response import EventStream, send_json
 from deepseek_api_compat.protocol import completion
 from deepseek_api_compat.protocol import openai as wire
 from deepseek_api_compat.protocol.events import Event
@@ -213,8 +213,8 @@ class Api:
     async def metrics(self, call: Call) -> None:
         text = await asyncio.to_thread(metrics.exposition, self._directory.pools)
         call.tally.status = 200
-        kind = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
-        await send_bytes(call.send, 200, text, [*call.headers, kind])
+        kind = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
+        await call.out.whole(200, [*call.headers, kind], text)
 
     async def health(self, call: Call) -> None:
         await self._json(call, {"status": "ok"})
@@ -244,7 +244,7 @@ class Api:
 
     def _open(self, call: Call, *, sse: bool) -> EventStream:
         return EventStream(
-            call.send,
+            call.out,
             call.headers,
             sse=sse,
             first_timeout=self._server.first_event_timeout,
@@ -267,7 +267,7 @@ class Api:
 
     async def _json(self, call: Call, value: object) -> None:
         call.tally.status = 200
-        await send_json(call.send, 200, value, call.headers)
+        await send_json(call.out, 200, value, call.headers)
 
     def _identity(self, call: Call, kind: str, pool: ModelPool) -> tuple[str, int, str]:
         return f"{kind}-{call.id[4:]}", int(time.time()), pool.name

@@ -55,6 +55,7 @@ def server_config(gate: object, server: ServerSettings) -> uvicorn.Config:
         lifespan="off",
         log_config=None,
         access_log=False,
+        proxy_headers=False,  # the peer address is never what a header says
         server_header=False,
         timeout_keep_alive=int(server.keep_alive_timeout),
         timeout_graceful_shutdown=int(server.drain_timeout),

@@ -65,11 +65,13 @@ class KeyTable:
     Failure policy: authentication fails closed, and by AuthenticationFailed only.
     """
 
-    __slots__ = ("_entries", "_master", "_nobody", "version")
+    __slots__ = ("_entries", "_keyed", "_master", "_nobody", "version")
 
     def __init__(self, records: Iterable[KeyRecord], master: bytes, version: int = 0) -> None:
         self.version = version
         self._master = master
+        # HMAC with its prefix already taken in; a copy of it costs less than a fresh one.
+        self._keyed = hmac.new(master, b"key:", "sha256")
         self._entries = {record.id.encode(): _entry(record) for record in records}
         # Stands in for an unknown id, so that a wrong id takes the path, and the time, of a wrong secret.
         self._nobody = (secrets.token_bytes(32), Principal("", "", "user", None, -1), False)
@@ -88,7 +90,9 @@ class KeyTable:
         if len(key) != _KEY_LENGTH or not key.startswith(b"DSK-") or key[_DASH] != b"-":
             raise AuthenticationFailed(MALFORMED)
         stored, principal, enabled = self._entries.get(key[_ID], self._nobody)
-        if not hmac.compare_digest(stored, hmac.digest(self._master, b"key:" + key, "sha256")):
+        digest = self._keyed.copy()
+        digest.update(key)
+        if not hmac.compare_digest(stored, digest.digest()):
             raise AuthenticationFailed(UNKNOWN)
         if not enabled:
             raise AuthenticationFailed(DISABLED)
