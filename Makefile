@@ -7,7 +7,7 @@ PORT ?= 8000
 SERVE_ARGS ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: help install serve test check dist smoke-wheel test-python310 bench bench-smoke clean
+.PHONY: help install serve test check dist smoke-wheel test-oldest bench bench-smoke clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -46,13 +46,14 @@ smoke-wheel: dist  ## the wheel in clean environments: client, [server], [embedd
 	$(BIN)/python tools/smoke_wheel.py dist
 
 OLD_PYTHON ?= python3.10
-test-python310: .venv310/.installed  ## the unit tests on Python 3.10
-	.venv310/bin/python -m pytest
+test-oldest: .venv310/.installed  ## the tests on Python 3.10 with the lowest versions that pyproject.toml allows
+	.venv310/bin/python -m pytest --ignore tests/seeds
 
-.venv310/.installed: pyproject.toml constraints.txt
+.venv310/.installed: pyproject.toml tools/lowest.py
 	@test -x .venv310/bin/python || $(OLD_PYTHON) -m venv .venv310
-	.venv310/bin/python -m pip install --quiet --upgrade -c constraints.txt pip
-	.venv310/bin/python -m pip install --quiet -c constraints.txt -e '.[embedded]' --group dev
+	.venv310/bin/python tools/lowest.py > .venv310/lowest.txt
+	.venv310/bin/python -m pip install --quiet --upgrade pip
+	.venv310/bin/python -m pip install --quiet -c .venv310/lowest.txt -e '.[embedded]' --group dev
 	@touch $@
 
 bench: $(STAMP)  ## compare the gateway with nginx and the engine asked directly (minutes)
