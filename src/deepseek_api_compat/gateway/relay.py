@@ -24,7 +24,7 @@ MAX_BODY = 256 * 1024 * 1024
 # A quote right before and after: inside a JSON string it would be escaped, so text never matches.
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
 ERROR = re.compile(rb'^data:\s*\{\s*"error"\s*:', re.MULTILINE)
-DONE = b"data: [DONE]"
+DONE = re.compile(rb"^data:\s*\[DONE\]", re.MULTILINE)
 
 
 class _Details(msgspec.Struct):
@@ -133,7 +133,7 @@ async def _relay_events(response: Response, out: EventStream, tally: Tally, *, h
                 if events:
                     await out.write(events)
                 raise EngineFailed("The upstream reported an error in the middle of its answer.")
-            if DONE in events:
+            if b"[DONE]" in events and DONE.search(events):
                 done = True
                 await out.finish(events)
                 break
