@@ -29,11 +29,12 @@ serve: $(STAMP)  ## fetch the default model if needed and serve it on PORT (8000
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest
 
-check: $(STAMP)  ## lint, types, layers
+check: $(STAMP)  ## lint, types, layers, and the tests that start no service
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --ignore tests/service --ignore tests/seeds
 
 dist: $(STAMP)  ## sdist and wheel into dist/
 	rm -rf dist

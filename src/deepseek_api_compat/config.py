@@ -21,6 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 ENV_PREFIX = "DEEPSEEK_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 STAND_IN_ALIASES = ["deepseek-v3", "deepseek-chat"]
@@ -39,10 +40,12 @@ class ServerSettings(Section, frozen=True):
     data_dir: str = "~/.local/share/deepseek-api"
     tls_cert: str | None = None
     tls_key: str | None = None
+    require_tls: bool = False
     public_url: str | None = None
     max_body_bytes: int = 32 * 1024 * 1024
     header_timeout: float = 10.0
     body_timeout: float = 30.0
+    write_timeout: float = 120.0
     keep_alive_timeout: float = 75.0
     first_event_timeout: float = 10.0
     keep_alive_interval: float = 10.0
@@ -92,7 +95,7 @@ class ModelSettings(Section, frozen=True):
 
     name: str
     aliases: list[str] = []
-    format: str = "auto"
+    format: Literal["auto", "template"] = "auto"
     profile: Literal["openai", "deepseek"] = "openai"
     temperature: float = 1.0
     top_p: float = 1.0
@@ -213,6 +216,10 @@ def _check(settings: Settings) -> None:
         (0 <= server.port <= 65535, "server.port must be between 0 and 65535"),
         (1 <= server.workers <= 64, "server.workers must be between 1 and 64"),
         (bool(server.tls_cert) == bool(server.tls_key), "server.tls_cert and server.tls_key go together"),
+        (
+            bool(server.tls_cert) or not server.require_tls or server.host in LOOPBACK,
+            f"server.require_tls forbids plain text on {server.host}: give tls_cert and tls_key",
+        ),
         (server.max_body_bytes >= 1024, "server.max_body_bytes must be at least 1024"),
         (limits.requests_per_second >= 0, "limits.requests_per_second can't be negative (0 means no limit)"),
         (1 <= limits.max_n <= 128, "limits.max_n must be between 1 and 128"),
@@ -228,6 +235,12 @@ def _check(settings: Settings) -> None:
                 rules.append((bool(engine.base_url), f"{where}: an engine of kind openai needs base_url"))
             elif engine.kind == "llamacpp":
                 rules.append((bool(engine.path), f"{where}: an engine of kind llamacpp needs path"))
+            rules.append(
+                (
+                    engine.kind == model.engines[0].kind,
+                    f"{where}: engines of two kinds can't stand behind one name yet",
+                )
+            )
             rules.append((1 <= engine.replicas <= 64, f"{where}: replicas must be between 1 and 64"))
             rules.append((1 <= engine.batch_size <= 256, f"{where}: batch_size must be between 1 and 256"))
     names = [name for model in settings.models for name in (model.name, *model.aliases)]

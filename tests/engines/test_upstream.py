@@ -392,7 +392,7 @@ async def test_a_second_stale_connection_is_an_error() -> None:
         with pytest.raises(EngineUnavailable) as caught:
             await upstream.request("GET", "/")
         assert caught.value.retry_after == 1
-        assert upstream.where in str(caught.value)
+        assert upstream.where not in str(caught.value)  # clients needn't know our addresses
         assert server.connections == 2
 
 
@@ -590,19 +590,20 @@ async def test_refused_and_missing_socket(tmp_path: Path) -> None:
         error = await failure(Upstream(Endpoint(port=port, headers={"Authorization": "Bearer secret"})))
     assert type(error) is EngineUnavailable
     assert error.retry_after == 1
-    assert f"127.0.0.1:{port}" in str(error)
+    assert str(error) == "Can't reach the engine: Connection refused."
     assert "secret" not in str(error)
     path = str(tmp_path / "none.sock")
     error = await failure(Upstream(Endpoint(uds=path)))
     assert type(error) is EngineUnavailable
-    assert path in str(error)
+    assert str(error) == "Can't reach the engine: No such file or directory."
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 70 + ".invalid"])
 async def test_unknown_host(host: str) -> None:
     error = await failure(Upstream(Endpoint(host=host, port=80)))
     assert type(error) is EngineUnavailable
-    assert host in str(error)
+    assert host not in str(error)
+    assert "no address" in str(error)
 
 
 async def test_connect_timeout() -> None:

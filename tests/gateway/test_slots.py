@@ -130,7 +130,7 @@ async def test_waiting_workers_are_woken_through_their_pipes(memory, table):
     for read, write in pipes:
         os.set_blocking(read, False)
         os.set_blocking(write, False)
-    workers = [Leases(table, w, 10, [write for _, write in pipes], pipes[w][0]) for w in range(3)]
+    workers = [Leases(table, w, [write for _, write in pipes], pipes[w][0], max_queue=10) for w in range(3)]
     for worker in workers:
         worker.start(asyncio.get_running_loop())
     first = await workers[0].acquire(0)

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, host: str | None) -> None:
 def run(args: argparse.Namespace) -> int:
     from deepseek_api_compat import config
     from deepseek_api_compat.gateway import supervisor
-    from deepseek_api_compat.security.admin import ensure_admin, open_admin
+    from deepseek_api_compat.security.admin import open_admin
     from deepseek_api_compat.store.datadir import make_data_dir
 
     names = ("host", "port", "workers", "data_dir", "public_url", "tls_cert", "tls_key")
@@ -57,11 +57,13 @@ def run(args: argparse.Namespace) -> int:
     lock = supervisor.lock_data_dir(settings.data_dir)
     settings = with_models(settings, args.model_path)
     admin = open_admin(settings.data_dir)
-    key = ensure_admin(admin)
     address = listener.getsockname()[:2]
 
     async def serve() -> None:
-        await supervisor.Supervisor(settings, listener, admin, lambda: announce(settings, address, key)).run()
+        def ready(key: str | None, problems: list[str]) -> None:
+            announce(settings, address, key, problems)
+
+        await supervisor.Supervisor(settings, listener, admin, ready).run()
 
     try:
         asyncio.run(serve())
@@ -109,7 +111,7 @@ def with_models(settings: Settings, model_path: str | None) -> Settings:
     return msgspec.structs.replace(settings, models=models)
 
 
-def announce(settings: Settings, address: tuple[str, int], key: str | None) -> None:
+def announce(settings: Settings, address: tuple[str, int], key: str | None, problems: list[str]) -> None:
     """What a newcomer needs to make the first call."""
     from deepseek_api_compat.config import DEFAULT_MODEL
 
@@ -135,6 +137,7 @@ def announce(settings: Settings, address: tuple[str, int], key: str | None) -> N
         )
     else:
         lines.append("  API key   as before; a new one: deepseek-api keys create NAME")
+    lines += [f"  problem   {problem}" for problem in problems]
     lines += [
         "",
         "Try it:",

@@ -21,6 +21,7 @@ callbacks fill the connection, and a future exists only while somebody waits.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import ssl
 from collections.abc import Callable
@@ -241,7 +242,7 @@ class _Connection(asyncio.Protocol):
             self._feed(data)
         except (HttpParserError, HttpParserUpgrade) as error:
             if not self._complete:
-                self.fail(EngineFailed(f"The engine at {self._pool.where} sent malformed HTTP ({error})."))
+                self.fail(EngineFailed(f"The engine sent malformed HTTP ({error})."))
                 return
             self._reusable = False
         if self._complete:
@@ -262,15 +263,14 @@ class _Connection(asyncio.Protocol):
                 waiter.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        where = self._pool.where
         if self._response is None:
             pass
         elif not self._begun:
-            self._end(_Unanswered(f"The engine at {where} closed the connection.", retry_after=RETRY_AFTER))
+            self._end(_Unanswered("The engine closed the connection.", retry_after=RETRY_AFTER))
         elif self._status and exc is None and _ends_at_eof(self._response.headers):
             self._end(None)
         else:
-            self._end(EngineFailed(f"The engine at {where} broke off in the middle of its answer."))
+            self._end(EngineFailed("The engine broke off in the middle of its answer."))
         if self._timer is not None:
             self._timer.cancel()
         self._pool.forget(self)
@@ -338,7 +338,7 @@ class _Connection(asyncio.Protocol):
 
     def _full(self) -> None:
         if not self._status:
-            self.fail(EngineFailed(f"The engine at {self._pool.where} sent too many bytes of headers."))
+            self.fail(EngineFailed("The engine sent too many bytes of headers."))
         elif not self._paused:
             self._paused = True
             self.transport.pause_reading()
@@ -362,7 +362,7 @@ class _Connection(asyncio.Protocol):
         if due > now:
             self._timer = self._loop.call_at(due, self._check)
             return
-        message = f"The engine at {self._pool.where} sent nothing for {self._pool.read_timeout:g} seconds."
+        message = f"The engine sent nothing for {self._pool.read_timeout:g} seconds."
         self.fail(EngineFailed(message) if self._status else EngineTimeout(message))
 
 
@@ -519,15 +519,13 @@ class Upstream:
             connection.abandon()
             if not isinstance(error, (OSError, UnicodeError)):
                 raise
-            raise self._unavailable(getattr(error, "strerror", None) or error) from error
+            raise self._unavailable(_reason(error)) from error
         # Not before: uvloop does not report the loss of a connection whose making was cancelled.
         self.connections.add(connection)
         return connection
 
     def _unavailable(self, reason: object) -> EngineUnavailable:
-        return EngineUnavailable(
-            f"Can't reach the engine at {self.where}: {reason}.", retry_after=RETRY_AFTER
-        )
+        return EngineUnavailable(f"Can't reach the engine: {reason}.", retry_after=RETRY_AFTER)
 
     async def _open(self, loop: asyncio.AbstractEventLoop, connection: _Connection) -> None:
         endpoint = self.endpoint
@@ -557,6 +555,17 @@ async def _send_slices(connection: _Connection, response: Response, body: bytes)
 
 def _authority(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _reason(error: OSError | UnicodeError) -> str:
+    """Why connecting failed, without the address: the sentence reaches clients."""
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed ({error.reason})"
+    if isinstance(error, (TimeoutError, ConnectionError)) and not error.errno:
+        return str(error)  # raised here
+    if isinstance(error, UnicodeError) or not error.errno or error.errno < 0:
+        return "its name has no address that answers"
+    return os.strerror(error.errno)
 
 
 def _fixed_headers(endpoint: Endpoint, where: str) -> tuple[bytes, bool]:

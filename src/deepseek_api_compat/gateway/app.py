@@ -46,7 +46,14 @@ class Application:
         created: int,
     ) -> None:
         limits = settings.limits
-        self._leases = Leases(slot_table(settings, memory), worker, limits.max_queue, wake_fds, my_fd)
+        self._leases = Leases(
+            slot_table(settings, memory),
+            worker,
+            wake_fds,
+            my_fd,
+            max_queue=limits.max_queue,
+            timeout=limits.queue_timeout,
+        )
         self._pools = [ModelPool(index, model, self._leases) for index, model in enumerate(settings.models)]
         limiter = RateLimiter(
             memory,

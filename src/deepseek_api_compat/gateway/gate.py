@@ -18,6 +18,7 @@ from deepseek_api_compat.config import Settings
 from deepseek_api_compat.errors import (
     ApiError,
     BodyTooLarge,
+    EngineUnavailable,
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
@@ -25,7 +26,7 @@ from deepseek_api_compat.errors import (
     PermissionDenied,
 )
 from deepseek_api_compat.gateway import metrics
-from deepseek_api_compat.gateway.limits import RateLimiter
+from deepseek_api_compat.gateway.limits import Allowance, OverRate, RateLimiter
 from deepseek_api_compat.gateway.metrics import Tally
 from deepseek_api_compat.gateway.response import Headers, Responder, send_error
 from deepseek_api_compat.security.keys import KeyTable, Principal
@@ -77,6 +78,13 @@ class Call:
                 raise self._too_large()
         return b"".join(parts)
 
+    async def end_early(self, error: ApiError) -> None:
+        """Report an error that its handler could not report; break off what has begun."""
+        if not self.out.started:
+            await send_error(self.out, error, self.headers)
+        elif not self.out.complete:
+            self.out.abort()
+
     def _too_large(self) -> BodyTooLarge:
         self.out.close_afterwards()
         return BodyTooLarge(f"The request body is over {self._max_body} bytes.")
@@ -104,6 +112,14 @@ def header(scope: Scope, name: bytes) -> bytes:
         if key == name:
             return bytes(value)
     return b""
+
+
+def rate_headers(allowance: Allowance) -> Headers:
+    return [
+        b"x-ratelimit-limit-requests: %d\r\n" % allowance.limit,
+        b"x-ratelimit-remaining-requests: %d\r\n" % allowance.remaining,
+        b"x-ratelimit-reset-requests: %.3fs\r\n" % allowance.reset,
+    ]
 
 
 class Gate:
@@ -137,18 +153,17 @@ class Gate:
                 metrics.REFUSED.labels(error.code or error.type).inc()
             await send_error(call.out, error, call.headers)
         except asyncio.CancelledError:
-            tally.status = 499
-            if not call.connection_lost:
-                raise
-            metrics.CLIENT_GONE.labels(tally.endpoint).inc()
+            # Ends here: whoever cancelled, the connection or the drain, only wants this task to be over.
+            if call.connection_lost:
+                tally.status = 499
+                metrics.CLIENT_GONE.labels(tally.endpoint).inc()
+            else:
+                tally.status = 503
+                await call.end_early(EngineUnavailable("The service is shutting down.", retry_after=5.0))
         except Exception:
             tally.status = 500
             logger.exception("request %s failed", call.id)
-            if call.out.started:
-                call.out.abort()
-            else:
-                apology = InternalError(f"Internal error. Please report it with the request id {call.id}.")
-                await send_error(call.out, apology, call.headers)
+            await call.end_early(InternalError(f"Internal error; its request id is {call.id}."))
         finally:
             connection.handler = None
             tally.settle(time.monotonic())
@@ -168,13 +183,13 @@ class Gate:
         if handler is None:
             raise MethodNotAllowed(scope["method"], tuple(route.methods))
         if call.principal is not None:
-            allowance = self._limiter.admit(call.principal.index, call.principal.rps)
+            try:
+                allowance = self._limiter.admit(call.principal.index, call.principal.rps)
+            except OverRate as error:
+                call.headers += rate_headers(error.allowance)
+                raise
             if allowance is not None:
-                call.headers += (
-                    b"x-ratelimit-limit-requests: %d\r\n" % allowance.limit,
-                    b"x-ratelimit-remaining-requests: %d\r\n" % allowance.remaining,
-                    b"x-ratelimit-reset-requests: %.3fs\r\n" % allowance.reset,
-                )
+                call.headers += rate_headers(allowance)
         await handler(call)
 
     def _find(self, call: Call, path: str) -> Route | None:

@@ -1,6 +1,7 @@
 """uvicorn's httptools protocol, with the manners that an API on the open network needs.
 
 - a client that is slow to send its headers or body is answered 408 and closed;
+- a client that stops reading its answer is cut off;
 - headers over 64 KiB are refused;
 - malformed HTTP is answered with an OpenAI error object;
 - a method spelled `Post` is accepted (the seed document's curl sends it; llhttp refuses it);
@@ -17,6 +18,7 @@ from typing import Any
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from deepseek_api_compat.config import ServerSettings
 from deepseek_api_compat.errors import ApiError, HeadersTooLarge, InvalidRequest, RequestTimeout
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -37,6 +39,8 @@ class HttpProtocol(HttpToolsProtocol):
     _in_headers = True
     _received = 0
     _held = b""
+    # Since when the client has not taken what was written; None while it keeps up.
+    _stalled_since: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -104,6 +108,18 @@ class HttpProtocol(HttpToolsProtocol):
             return elapsed > header_timeout
         return elapsed > body_timeout and self._received / elapsed < MIN_BODY_RATE
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled_since = time.monotonic()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stalled_since = None
+
+    def stalled(self, now: float, write_timeout: float) -> bool:
+        """Whether the client has read nothing of a full buffer for too long."""
+        return self._stalled_since is not None and now - self._stalled_since > write_timeout
+
     def refuse(self, error: ApiError) -> None:
         """Answer without the application and close."""
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
@@ -120,11 +136,16 @@ class HttpProtocol(HttpToolsProtocol):
         self.refuse(InvalidRequest("The request is not valid HTTP."))
 
 
-async def sweep(connections: set[Any], header_timeout: float, body_timeout: float) -> None:
+async def sweep(connections: set[Any], server: ServerSettings) -> None:
     """Close connections whose clients are too slow; runs for as long as the server does."""
+    patience = min(server.header_timeout, server.body_timeout, server.write_timeout)
     while True:
-        await asyncio.sleep(min(1.0, header_timeout / 2, body_timeout / 2))
+        await asyncio.sleep(min(1.0, patience / 2))
         now = time.monotonic()
         for connection in list(connections):
-            if isinstance(connection, HttpProtocol) and connection.overdue(now, header_timeout, body_timeout):
+            if not isinstance(connection, HttpProtocol):
+                continue
+            if connection.overdue(now, server.header_timeout, server.body_timeout):
                 connection.refuse(RequestTimeout("The request was not complete in time."))
+            elif connection.stalled(now, server.write_timeout):
+                connection.transport.abort()

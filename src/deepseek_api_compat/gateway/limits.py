@@ -26,6 +26,14 @@ class Allowance(msgspec.Struct, frozen=True):
     reset: float
 
 
+class OverRate(RateLimited):
+    """Refused by a key's rate; `allowance` is what headers tell the client."""
+
+    def __init__(self, message: str, allowance: Allowance, retry_after: float) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.allowance = allowance
+
+
 class RateLimiter:
     """Failure policy: shared memory of one machine can't be away, so there is none."""
 
@@ -53,7 +61,7 @@ class RateLimiter:
     def admit(self, index: int, rps: float | None) -> Allowance | None:
         """Count one request of key number `index`; None where the key has no limit (rps 0).
 
-        Raises RateLimited, with the seconds to wait, when the key is over its rate.
+        Raises OverRate, with the seconds to wait, when the key is over its rate.
         """
         rate = self._default if rps is None else rps
         if rate <= 0:
@@ -68,9 +76,9 @@ class RateLimiter:
             allowed = ahead <= tolerance + 1e-9
             if allowed:
                 self._times[cell] = arrival
+        limit = int(tolerance * rate + 1e-6)
         if not allowed:
             wait = ahead - tolerance
-            raise RateLimited(
-                f"This key may send {rate:g} requests per second. Retry in {wait:.2f} s.", retry_after=wait
-            )
-        return Allowance(int(tolerance * rate + 1e-6), int((tolerance - ahead) * rate + 1e-6), ahead)
+            message = f"This key may send {rate:g} requests per second. Retry in {wait:.2f} s."
+            raise OverRate(message, Allowance(limit, 0, ahead - interval), retry_after=wait)
+        return Allowance(limit, int((tolerance - ahead) * rate + 1e-6), ahead)

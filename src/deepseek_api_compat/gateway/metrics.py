@@ -70,10 +70,11 @@ class PoolCollector:
             "deepseek_engine_up", "1 while a replica can answer.", labels=["model", "replica", "kind"]
         )
         for pool in self._pools:
-            used, total, waiting = pool.usage()
-            slots.add_metric([pool.name, "used"], used)
-            slots.add_metric([pool.name, "all"], total)
-            queue.add_metric([pool.name], waiting)
+            if pool.leased:
+                used, total, waiting = pool.usage()
+                slots.add_metric([pool.name, "used"], used)
+                slots.add_metric([pool.name, "all"], total)
+                queue.add_metric([pool.name], waiting)
             for state in pool.states:
                 up.add_metric([pool.name, str(state.replica), state.kind], float(state.state == "ready"))
         return [slots, queue, up]

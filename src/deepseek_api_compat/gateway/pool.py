@@ -44,7 +44,7 @@ class ModelPool:
         self._states: dict[int, EngineState] = {}
         self._engines: dict[int, TokenEngine] = {}
         self._upstreams: dict[int, Upstream] = {}
-        self._changed = asyncio.Event()
+        self._waiters: set[asyncio.Future[None]] = set()
         self._turn = 0
 
     def update(self, states: list[EngineState]) -> list[TokenEngine | Upstream]:
@@ -58,8 +58,9 @@ class ModelPool:
                 engine = self._engines.pop(replica, None)
                 upstream = self._upstreams.pop(replica, None)
                 dropped += [client for client in (engine, upstream) if client is not None]
-        self._changed.set()
-        self._changed = asyncio.Event()
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
         return dropped
 
     @property
@@ -140,27 +141,23 @@ class ModelPool:
         raise AssertionError("replica numbers come from these settings")
 
     async def _any_ready(self) -> EngineState:
-        for state in self._states.values():
-            if state.state == "ready":
-                return state
-        return await self._wait_ready()
-
-    async def _wait_ready(self) -> EngineState:
+        """A ready replica, as soon as there is one. Raises EngineUnavailable if none can be expected."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._ready_timeout
         while True:
-            changed = self._changed
             for state in self._states.values():
                 if state.state == "ready":
                     return state
             if self._states and all(state.state == "failed" for state in self._states.values()):
-                detail = next((state.detail for state in self._states.values() if state.detail), "")
                 raise EngineUnavailable(
-                    f"The engine of {self.name} has failed and was given up. {detail}".strip(), retry_after=30
+                    f"The engine of {self.name} has failed and was given up.", retry_after=30
                 )
-            try:
-                await asyncio.wait_for(changed.wait(), deadline - loop.time())
-            except asyncio.TimeoutError:
+            if loop.time() >= deadline:
                 raise EngineUnavailable(
-                    f"No engine of {self.name} is ready yet; it may be starting.", retry_after=5
-                ) from None
+                    f"No engine of {self.name} is ready; it may be starting.", retry_after=5
+                )
+            # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation.
+            waiter: asyncio.Future[None] = loop.create_future()
+            self._waiters.add(waiter)
+            await asyncio.wait([waiter], timeout=deadline - loop.time())
+            self._waiters.discard(waiter)

@@ -73,9 +73,12 @@ class WatchedUpstream(Replica):
         self.slots = settings.concurrency or UNLIMITED
         self._client = Upstream(self.endpoint, connect_timeout=settings.connect_timeout, read_timeout=10.0)
         self._task: asyncio.Task[None] | None = None
+        self.probed = False
 
     async def start(self) -> None:
         await self._probe()
+        self.probed = True
+        self._on_change(self)
         self._task = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -94,7 +97,7 @@ class WatchedUpstream(Replica):
         try:
             status, _ = await self._client.fetch("GET", "/models")
         except ApiError as error:
-            self._set("starting", error.message)
+            self._set("starting", f"{self._client.where}: {error.message}")
             return
         if status in (401, 403):
             self._set("starting", f"The upstream refuses the configured key (HTTP {status}).")

@@ -38,6 +38,10 @@ class Responder:
     def started(self) -> bool:
         return bool(self._cycle.response_started)
 
+    @property
+    def complete(self) -> bool:
+        return bool(self._cycle.response_complete)
+
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """A complete response."""
         length = b"content-length: %d\r\n\r\n" % len(body)

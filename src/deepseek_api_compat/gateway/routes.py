@@ -16,7 +16,7 @@ from deepseek_api_compat.gateway.chat import ChatService, Events, prompt_ids
 from deepseek_api_compat.gateway.gate import Call, Route
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.relay import relay
-from deepseek_api_compat.gateway.response import EventStream, send_json
+from deepseek_api_compat.gateway.response import EventStream, send_error, send_json
 from deepseek_api_compat.protocol import completion
 from deepseek_api_compat.protocol import openai as wire
 from deepseek_api_compat.protocol.events import Event
@@ -154,6 +154,7 @@ class Api:
                 prompts=len(prompts),
                 n=request.choices,
                 echo=echo,
+                profile=pool.settings.profile,
             )
             await stream_events(events, out, encoder)
         else:
@@ -170,6 +171,10 @@ class Api:
             out = self._open(call, sse=False)
             await self._answer(call, out, relay(pool, "/embeddings", body, out, call.tally))
             return
+        if not any(engine.embedding for engine in pool.settings.engines):
+            raise InvalidRequest(
+                f"{pool.name} makes no embeddings: its engine needs embedding = true.", param="model"
+            )
         if request.dimensions is not None:
             raise InvalidRequest(f"{pool.name} has vectors of one size only.", param="dimensions")
         engine = await pool.engine()
@@ -222,7 +227,10 @@ class Api:
     async def ready(self, call: Call) -> None:
         missing = [pool.name for pool in self._directory.pools if not pool.ready]
         if len(missing) == len(self._directory.pools):
-            raise EngineUnavailable(f"No engine is ready: {', '.join(missing)}.", retry_after=1.0)
+            call.tally.status = 503
+            problem = EngineUnavailable(f"No engine is ready: {', '.join(missing)}.", retry_after=1.0)
+            await send_error(call.out, problem, call.headers)
+            return
         await self._json(call, {"status": "ready", "not_ready": missing})
 
     async def version(self, call: Call) -> None:

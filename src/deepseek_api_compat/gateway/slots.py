@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from deepseek_api_compat.errors import RateLimited
+from deepseek_api_compat.errors import EngineTimeout, RateLimited
 from deepseek_api_compat.gateway.shared import SharedMemory
 
 QUEUE = 4096
@@ -196,12 +196,23 @@ class Leases:
     """One worker's side of the slot table: waits without polling, wakes the others."""
 
     def __init__(
-        self, table: SlotTable, worker: int, max_queue: int, wake_fds: Sequence[int], my_fd: int
+        self,
+        table: SlotTable,
+        worker: int,
+        wake_fds: Sequence[int],
+        my_fd: int,
+        *,
+        max_queue: int,
+        timeout: float = 300.0,
     ) -> None:
-        """`wake_fds[w]` is the write end of worker w's pipe, `my_fd` the read end of this worker's."""
+        """`wake_fds[w]` is the write end of worker w's pipe, `my_fd` the read end of this worker's.
+
+        `max_queue` requests may wait, each at most `timeout` seconds.
+        """
         self._table = table
         self._worker = worker
         self._max_queue = max_queue
+        self._timeout = timeout
         self._wake_fds = wake_fds
         self._my_fd = my_fd
         self._waiting: dict[tuple[int, int], asyncio.Future[int]] = {}
@@ -210,11 +221,16 @@ class Leases:
         loop.add_reader(self._my_fd, self._on_wake)
 
     async def acquire(self, pool: int) -> Lease:
-        """Wait for a slot, first come first served. Raises RateLimited if the queue is full."""
+        """Wait for a slot, first come first served.
+
+        Raises RateLimited if the queue is full, EngineTimeout after too long in it.
+        """
         replica, ticket = self._table.acquire(pool, self._worker, self._max_queue)
         if ticket >= 0:
-            waiter = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            waiter: asyncio.Future[int] = loop.create_future()
             self._waiting[pool, ticket] = waiter
+            timer = loop.call_later(self._timeout, self._give_up, waiter)
             # A slot may have been granted between drawing the ticket and getting here.
             self._check(pool, ticket, waiter)
             try:
@@ -223,6 +239,7 @@ class Leases:
                 wake(self._wake_fds, self._table.cancel(pool, ticket, self._worker))
                 raise
             finally:
+                timer.cancel()
                 del self._waiting[pool, ticket]
         return Lease(self, pool, replica)
 
@@ -236,6 +253,11 @@ class Leases:
         os.read(self._my_fd, 4096)
         for (pool, ticket), waiter in self._waiting.items():
             self._check(pool, ticket, waiter)
+
+    def _give_up(self, waiter: asyncio.Future[int]) -> None:
+        if not waiter.done():
+            message = f"No slot became free within {self._timeout:g} seconds."
+            waiter.set_exception(EngineTimeout(message, retry_after=self._timeout / 10))
 
     def _check(self, pool: int, ticket: int, waiter: asyncio.Future[int]) -> None:
         replica = self._table.granted(pool, ticket)

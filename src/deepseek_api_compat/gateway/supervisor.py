@@ -25,10 +25,10 @@ from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.gateway import channel
 from deepseek_api_compat.gateway.app import shared_cells, slot_table
-from deepseek_api_compat.gateway.replicas import Replica, replicas_of
+from deepseek_api_compat.gateway.replicas import Replica, WatchedUpstream, replicas_of
 from deepseek_api_compat.gateway.shared import SharedMemory
 from deepseek_api_compat.gateway.slots import wake
-from deepseek_api_compat.security.admin import KeyAdmin
+from deepseek_api_compat.security.admin import KeyAdmin, ensure_admin
 from deepseek_api_compat.store.base import KeyRecord
 
 MAX_START_FAILURES = 3
@@ -55,9 +55,17 @@ class Supervisor:
     """Runs until it is told to stop. One task owns each worker slot, each replica its process."""
 
     def __init__(
-        self, settings: Settings, listener: socket.socket, admin: KeyAdmin, on_ready: Callable[[], None]
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        admin: KeyAdmin,
+        on_ready: Callable[[str | None, list[str]], None],
     ) -> None:
-        """`on_ready` is called once, when workers accept connections and an engine can answer."""
+        """`on_ready` is called once, when workers accept connections and an engine can answer.
+
+        It gets the admin key if this start made it (a start that fails before makes none), and a sentence
+        for each upstream that doesn't answer yet: that is no reason to wait.
+        """
         self._settings = settings
         self._listener = listener
         self._admin = admin
@@ -70,6 +78,7 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._failure: str | None = None
         self._said_ready = False
+        self._greeting: asyncio.Task[None] | None = None
 
         self._memory = SharedMemory.create(shared_cells(settings))
         self._slots = slot_table(settings, self._memory)
@@ -95,6 +104,8 @@ class Supervisor:
         await asyncio.gather(*(replica.start() for replica in self._replicas))
         await self._stopping.wait()
         await self._drain(keepers)
+        if self._greeting is not None:
+            await self._greeting
         server.close()
         await asyncio.gather(*(replica.stop() for replica in self._replicas))
         control.control_socket_path(self._settings.data_dir).unlink(missing_ok=True)
@@ -129,17 +140,23 @@ class Supervisor:
         return [replica.describe() for replica in self._replicas]
 
     def _check_ready(self) -> None:
-        ready = all(worker.started.is_set() for worker in self._workers) and any(
-            replica.state == "ready" for replica in self._replicas
-        )
-        if ready and not self._said_ready:
+        up = all(worker.started.is_set() for worker in self._workers)
+        answers = any(replica.state == "ready" for replica in self._replicas)
+        hopes = all(isinstance(replica, WatchedUpstream) and replica.probed for replica in self._replicas)
+        if up and (answers or hopes) and not self._said_ready:
             self._said_ready = True
-            self._on_ready()
+            self._greeting = asyncio.create_task(self._greet())
         if not self._said_ready and self._replicas and all(r.state == "failed" for r in self._replicas):
             self._failure = "No engine could be started. " + next(
                 (r.detail for r in self._replicas if r.detail), ""
             )
             self._stopping.set()
+
+    async def _greet(self) -> None:
+        key = await asyncio.to_thread(ensure_admin, self._admin)
+        if key:
+            await self._publish_keys()
+        self._on_ready(key, [f"{r.model}: {r.detail}" for r in self._replicas if r.detail])
 
     # Workers
 

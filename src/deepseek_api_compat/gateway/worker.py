@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import gc
 import logging
+import math
 import os
 import socket
 import ssl
@@ -58,7 +59,7 @@ def server_config(gate: object, server: ServerSettings) -> uvicorn.Config:
         proxy_headers=False,  # the peer address is never what a header says
         server_header=False,
         timeout_keep_alive=int(server.keep_alive_timeout),
-        timeout_graceful_shutdown=int(server.drain_timeout),
+        timeout_graceful_shutdown=math.ceil(server.drain_timeout),
         ssl_certfile=server.tls_cert,
         ssl_keyfile=server.tls_key,
         ssl_context_factory=tls13_only if server.tls_cert else None,
@@ -109,11 +110,7 @@ async def serve(args: argparse.Namespace) -> None:
     listening.add_done_callback(lambda task: None if task.cancelled() else os._exit(1))
     tasks = [
         listening,
-        asyncio.create_task(
-            sweep(
-                server.server_state.connections, settings.server.header_timeout, settings.server.body_timeout
-            )
-        ),
+        asyncio.create_task(sweep(server.server_state.connections, settings.server)),
     ]
     # What was built so far lives as long as the process: keep the garbage collector off it.
     gc.collect()

@@ -126,7 +126,7 @@ CATALOGUE: tuple[Entry, ...] = (
             stored="smollm2-135m-instruct-Q4_0.gguf",
         ),
         good_for="the default: trying the service out; a small English-only stand-in, not a DeepSeek model",
-        needs="any machine with 0.5 GB of free memory",
+        needs="any machine with 1 GB of free memory",
         runs_on=("llamacpp",),
     ),
     _distill(
