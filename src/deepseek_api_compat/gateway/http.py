@@ -4,6 +4,7 @@
 - a client that stops reading its answer is cut off;
 - headers over 64 KiB are refused;
 - malformed HTTP is answered with an OpenAI error object;
+- an offer to speak another protocol (curl --http2 makes one with each request) is ignored;
 - a method spelled `Post` is accepted (the seed document's curl sends it; llhttp refuses it);
 - when the client goes away the task that serves it is cancelled at once, without a watcher task.
 """
@@ -16,6 +17,7 @@ import time
 from typing import Any
 
 import msgspec
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from deepseek_api_compat.config import ServerSettings
@@ -60,9 +62,25 @@ class HttpProtocol(HttpToolsProtocol):
                 if not data:
                     return
         self._received += len(data)
-        super().data_received(data)
+        self._feed(data)
         if self._in_headers and self._received > MAX_HEADER_BYTES and not self.transport.is_closing():
-            self.refuse(HeadersTooLarge(f"The request's headers are over {MAX_HEADER_BYTES} bytes."))
+            self._refuse_headers()
+
+    def _feed(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
+        except HttpParserError:
+            self.send_400_response("")
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Begin anew as if nothing had been offered: the parser takes what follows for the new protocol."""
+        head = [b"%b %b HTTP/1.1\r\n" % (self.parser.get_method(), self.url)]
+        head += [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        self.parser = HttpRequestParser(self)
+        self._feed(b"%b\r\n%b" % (b"".join(head), rest))
 
     def _normalise_method(self, data: bytes) -> bytes:
         """Upper-case a known method; hold back what may yet become one."""
@@ -83,19 +101,28 @@ class HttpProtocol(HttpToolsProtocol):
         self._owes_since = time.monotonic()
 
     def on_headers_complete(self) -> None:
+        if self._header_bytes() > MAX_HEADER_BYTES:
+            raise ValueError("answered by send_400_response, since it comes out as the parser's error")
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("a request for a tunnel: as above")
+            return  # the message comes again, see _ignore_upgrade
         self._in_headers = False
         super().on_headers_complete()
         # Which cycle serves a request; with pipelining it is not always the connection's latest.
         self.scope["cycle"] = self.cycle  # type: ignore[typeddict-unknown-key]
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._between = True
         self._owes_since = None
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self._between and not self.transport.is_closing():
+        arriving = not self._between and not self._in_headers
+        if arriving and self.cycle.response_complete and not self.transport.is_closing():
             # Answered before the request was all here (413, 401): don't read the rest.
             self.transport.close()
 
@@ -122,8 +149,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def refuse(self, error: ApiError) -> None:
         """Answer without the application and close."""
-        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
-            self.transport.close()
+        cycle = self.cycle
+        if self.pipeline or (cycle is not None and cycle.response_started and not cycle.response_complete):
+            self.transport.close()  # in the middle of another answer
             return
         body = msgspec.json.encode(error.body())
         head = STATUS_LINE[
@@ -132,8 +160,17 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.write(head + body)
         self.transport.close()
 
+    def _header_bytes(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers or ())
+
+    def _refuse_headers(self) -> None:
+        self.refuse(HeadersTooLarge(f"The request's headers are over {MAX_HEADER_BYTES} bytes."))
+
     def send_400_response(self, msg: str) -> None:
-        self.refuse(InvalidRequest("The request is not valid HTTP."))
+        if self._in_headers and self._header_bytes() > MAX_HEADER_BYTES:
+            self._refuse_headers()
+        else:
+            self.refuse(InvalidRequest("The request is not valid HTTP."))
 
 
 async def sweep(connections: set[Any], server: ServerSettings) -> None:
