@@ -9,6 +9,7 @@ Health checks (any GET) are answered with `upstream.health`, a status.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import queue
 import threading
@@ -70,10 +71,8 @@ class ChatUpstream:
                 await peer.send(ok(b'{"data": []}', status=f"{self.health} Status"))
                 continue
             self._requests.put(request)
-            try:
+            with contextlib.suppress(ConnectionError):
                 await self._play(peer, request)
-            except ConnectionError:
-                pass
             if peer.writer.is_closing():
                 return
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from fakes.chat_upstream import ChatUpstream, answering_all
 from fakes.configs import ENGINE, ENVIRONMENT, IMPATIENT, upstream_model
 from fakes.observe import idle, log_of

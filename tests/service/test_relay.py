@@ -7,6 +7,7 @@ import json
 
 import httpx
 import pytest
+
 from fakes.chat_upstream import (
     ANSWER,
     DONE,
