@@ -6,9 +6,11 @@ import argparse
 import asyncio
 import os
 import socket
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from deepseek_api_compat import __version__
+from deepseek_api_compat.errors import SetupError
 
 if TYPE_CHECKING:
     from deepseek_api_compat.config import Settings
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     listener = supervisor.bind(settings.server.host, settings.server.port)
     make_data_dir(settings.data_dir)
     lock = supervisor.lock_data_dir(settings.data_dir)
+    check_embedded(settings, args.model_path)
     settings = with_models(settings, args.model_path)
     admin = open_admin(settings.data_dir)
     address = listener.getsockname()[:2]
@@ -72,6 +75,16 @@ def run(args: argparse.Namespace) -> int:
         listener.close()
         os.close(lock)
     return 0
+
+
+def check_embedded(settings: Settings, model_path: str | None) -> None:
+    """Raises SetupError if these settings need llama.cpp and it is not installed."""
+    kinds = {engine.kind for model in settings.models for engine in model.engines}
+    if (model_path or not kinds or "llamacpp" in kinds) and find_spec("xllamacpp") is None:
+        raise SetupError(
+            "The embedded engine is not installed: pip install 'deepseek-api-compat[embedded]', "
+            "or configure an engine of kind openai."
+        )
 
 
 def with_models(settings: Settings, model_path: str | None) -> Settings:
