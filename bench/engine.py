@@ -137,11 +137,10 @@ def main(argv: list[str] | None = None) -> int:
         default=[1, 8],
         help="how many at once (default 1,8)",
     )
+    parser.add_argument("--patience", type=float, default=10.0, help="seconds to wait for a quiet machine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all values there")
     args = parser.parse_args(argv)
-    others = processes.others_load()
-    if others > 0.1:
-        print(f"warning: {others:.1f} cores are busy with other things", file=sys.stderr)
+    processes.wait_for_quiet(args.patience)
     with tempfile.TemporaryDirectory() as directory:
         service = Service(Path(directory))
         service.start(MODEL, patience=600.0)  # the first time it fetches the model

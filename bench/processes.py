@@ -110,16 +110,24 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICK
 
 
-def others_load(seconds: float = 0.5) -> float:
+def machine_seconds() -> float:
+    """CPU time that all processes have used, and what the hypervisor gave to others."""
+    fields = [int(value) for value in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / _TICK  # all but idle and waiting for a disk
+
+
+def busy_cores(seconds: float = 0.5) -> float:
     """How many cores are busy now. Before a measurement that should be none."""
-
-    def busy() -> int:
-        fields = [int(value) for value in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-        return sum(fields) - fields[3] - fields[4]  # all but idle and waiting for a disk
-
-    before = busy()
+    before = machine_seconds()
     time.sleep(seconds)
-    return (busy() - before) / _TICK / seconds
+    return (machine_seconds() - before) / seconds
+
+
+def wait_for_quiet(patience: float) -> None:
+    """Return when hardly anything runs, or after `patience` seconds."""
+    end = time.monotonic() + patience
+    while busy_cores() > 0.1 and time.monotonic() < end:
+        pass
 
 
 def memory_mb(pid: int) -> tuple[float, float]:
@@ -130,14 +138,14 @@ def memory_mb(pid: int) -> tuple[float, float]:
 
 
 @contextlib.contextmanager
-def mock() -> Iterator[int]:
-    """A mock upstream on the load core; its port."""
+def mock() -> Iterator[tuple[int, int]]:
+    """A mock upstream on the load core; its port and process id."""
     port = free_port()
     process = subprocess.Popen([BIN / "mock", str(port)])
     try:
         pin(process.pid, LOAD_CORE)
         wait_for_port(port, process)
-        yield port
+        yield port, process.pid
     finally:
         stop(process)
 
