@@ -54,8 +54,12 @@ class ChatUpstream:
         """The next POST that arrived."""
         return self._requests.get(timeout=timeout)
 
+    def run(self, function: Callable[[], None]) -> None:
+        """Call it in the upstream's event loop, where an event of a play may be set."""
+        self._loop.call_soon_threadsafe(function)
+
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._closing.set)
+        self.run(self._closing.set)
         self._thread.join()
         self._loop.close()
 
@@ -144,3 +148,13 @@ async def answering_all(peer: Peer, request: Request) -> None:
         await peer.send(chunked(event("hello"), usage_event(), DONE))
     else:
         await peer.send(ok(ANSWER))
+
+
+def holding(released: asyncio.Event) -> Play:
+    """Answers as a healthy one does, but not before the event is set."""
+
+    async def play(peer: Peer, request: Request) -> None:
+        await released.wait()
+        await answering_all(peer, request)
+
+    return play
