@@ -259,5 +259,5 @@ def test_container_command(code: str, tmp_path: Path) -> None:
             answer = http.post("/v1/chat/completions", json=question | {"max_tokens": 4}).json()
         assert answer["usage"]["completion_tokens"] == 4
     finally:
-        code = service.stop()
-    assert code == 0
+        exit_code = service.stop()
+    assert exit_code == 0
