@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "Can't make $(VENV): on Debian and Ubuntu install python3-venv first." >&2; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded]' --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded,formats]' --group dev
 	@touch $@
 
 install: $(STAMP)  ## client, server, embedded engine and development tools into .venv
@@ -54,7 +54,7 @@ test-oldest: .venv310/.installed  ## the tests on Python 3.10 with the lowest ve
 	@test -x .venv310/bin/python || $(OLD_PYTHON) -m venv .venv310
 	.venv310/bin/python tools/lowest.py > .venv310/lowest.txt
 	.venv310/bin/python -m pip install --quiet --upgrade pip
-	.venv310/bin/python -m pip install --quiet -c .venv310/lowest.txt -e '.[embedded]' --group dev
+	.venv310/bin/python -m pip install --quiet -c .venv310/lowest.txt -e '.[embedded,formats]' --group dev
 	@touch $@
 
 bench: $(STAMP)  ## compare the gateway with nginx and the engine asked directly (minutes)

@@ -10,7 +10,7 @@ pythons=("$@")
 for python in "${pythons[@]}"; do
   "$python" -m venv "$work/venv-$python"
   "$work/venv-$python/bin/python" -m pip install --quiet --upgrade pip
-  "$work/venv-$python/bin/python" -m pip install --quiet '.[embedded]' --group dev
+  "$work/venv-$python/bin/python" -m pip install --quiet '.[embedded,formats]' --group dev
   "$work/venv-$python/bin/python" -m pip freeze --all --exclude deepseek-api-compat --exclude setuptools > "$work/$python.txt"
 done
 "$work/venv-${pythons[0]}/bin/python" - "$work" "${pythons[@]}" > constraints.txt <<'PY'

@@ -1,6 +1,6 @@
 """Print the lowest version of each runtime dependency that pyproject.toml allows, as constraints.
 
-    python tools/lowest.py > lowest.txt; pip install -c lowest.txt -e '.[embedded]'
+    python tools/lowest.py > lowest.txt; pip install -c lowest.txt -e '.[embedded,formats]'
 
 The tests run once with these on the oldest Python, so that the lower bounds are true.
 """
