@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 
 class Answer(NamedTuple):
@@ -46,18 +46,33 @@ def request(
 
 
 class Wire:
-    """One connection to 127.0.0.1:`port`; `timeout` in seconds is for each read."""
+    """One connection to 127.0.0.1:`port`; `timeout` in seconds is for each read.
+
+    Those that a test leaves open are closed after it (`close_all`).
+    """
+
+    _open: ClassVar[set[Wire]] = set()
 
     def __init__(self, port: int, timeout: float = 60.0) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._unread = b""
+        self._open.add(self)
+
+    @classmethod
+    def close_all(cls) -> None:
+        while cls._open:
+            cls._open.pop().socket.close()
+
+    def close(self) -> None:
+        self.socket.close()
+        self._open.discard(self)
 
     def __enter__(self) -> Wire:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.socket.close()
+        self.close()
 
     def send(self, data: bytes) -> Wire:
         self.socket.sendall(data)
@@ -109,7 +124,7 @@ class Wire:
     def reset(self) -> None:
         """Leave the way a killed client does, by a reset."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.socket.close()
+        self.close()
 
     def _until(self, mark: bytes) -> bytes:
         while mark not in self._unread:

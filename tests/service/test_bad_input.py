@@ -456,7 +456,7 @@ def test_the_slow_do_not_hold_up_others(relay: Service):
     assert time.monotonic() - began < 1
     for wire in slow:
         assert wire.answer().status == 408
-        wire.socket.close()
+        wire.close()
 
 
 # Everything else

@@ -26,11 +26,7 @@ def ask(service: Service, body: object, path: str = PATH) -> Wire:
     return Wire(service.port).send(request("POST", path, body, service.key))
 
 
-def close(wire: Wire) -> None:
-    wire.socket.close()
-
-
-WAYS = [close, Wire.reset]
+WAYS = [Wire.close, Wire.reset]
 
 
 # Seen by the upstream
@@ -83,7 +79,7 @@ def test_leaving_after_keep_alives(relay: Service, upstream: ChatUpstream):
         wire.head()
         wire.chunk()
         left = time.monotonic()
-        wire.socket.close()
+        wire.close()
         assert upstream.gone.get(timeout=5) - left < 1
 
 
@@ -96,14 +92,14 @@ def test_leaving_while_queued(relay: Service, upstream: ChatUpstream):
     queued = [ask(relay, chat("capped", stream=stream)) for stream in (True, False)]
     eventually(lambda: waiting(relay, "capped") == 2, what="two in the queue")
     for wire in queued:
-        wire.socket.close()
+        wire.close()
     eventually(lambda: waiting(relay, "capped") == 0, timeout=1, what="an empty queue")
     last = ask(relay, chat("capped"))
     eventually(lambda: waiting(relay, "capped") == 1, what="one in the queue")
     upstream.run(released.set)
     for wire in (*busy, last):
         assert json.loads(wire.answer().body)["choices"]
-        wire.socket.close()
+        wire.close()
     upstream.request()  # of `last`
     with pytest.raises(queue.Empty):
         upstream.request(timeout=0.1)
@@ -169,14 +165,14 @@ def test_leaving_in_the_prefill_of_a_long_prompt(service: Service):
         wire.socket.setblocking(False)
         with pytest.raises(BlockingIOError):
             wire.socket.recv(1)  # still reading the prompt
-        wire.socket.close()
+        wire.close()
         eventually(lambda: free(service), timeout=1, what="a free slot")
 
 
 def test_all_choices_of_a_request_leave(service: Service):
     wire = ask(service, chat("tiny", n=5, **LONG))
     eventually(lambda: engine_busy(service) == 2, what="both slots at work")
-    wire.socket.close()
+    wire.close()
     eventually(lambda: free(service), timeout=1, what="free slots")
     eventually(lambda: idle(service), timeout=1, what="an empty queue")
 
@@ -185,7 +181,7 @@ def test_leaving_the_engines_queue(service: Service):
     wires = [ask(service, chat("tiny", "Count.", stream=True, **LONG)) for _ in range(5)]
     eventually(lambda: waiting(service, "tiny") == 3, what="three in the queue")
     for wire in reversed(wires):
-        wire.socket.close()
+        wire.close()
     eventually(lambda: free(service), timeout=1, what="free slots")
     eventually(lambda: idle(service), timeout=1, what="an empty queue")
 

@@ -58,7 +58,7 @@ def test_requests_are_served_in_order_of_arrival(relay: Service, upstream: ChatU
     for number, wire in enumerate(wires):
         upstream.run(turns[str(number)].set)
         assert wire.answer().status == 200
-        wire.socket.close()
+        wire.close()
         if number + 2 < len(wires):
             started.append(name_of(upstream.request()))
     assert sorted(started[:2]) + started[2:] == list(turns)
@@ -91,7 +91,7 @@ def test_a_full_queue_says_when_to_come_back(relay: Service, upstream: ChatUpstr
     upstream.run(released.set)
     assert {wire.answer().status for wire in wires} == {200}
     for wire in wires:
-        wire.socket.close()
+        wire.close()
     assert post(relay, chat("capped")).status == 200
 
 
@@ -110,7 +110,7 @@ def test_a_full_queue_of_one_model_is_no_concern_of_another(relay: Service, upst
     upstream.run(released.set)
     for wire in wires:
         assert wire.answer().status == 200
-        wire.socket.close()
+        wire.close()
 
 
 def test_two_workers_share_the_slots_of_one_engine(service: Service):
@@ -148,10 +148,10 @@ def test_the_queue_is_one_for_all_workers(service: Service):
         assert (answer.status, answer.error["code"]) == (429, "queue_full")
         assert int(answer.headers["retry-after"]) >= 1
     for wire in wires[:2]:
-        wire.socket.close()
+        wire.close()
     for wire in wires[2:]:
         assert wire.answer().body.endswith(b"data: [DONE]\n\n")
-        wire.socket.close()
+        wire.close()
 
 
 # Rates

@@ -135,8 +135,6 @@ def test_the_queued_are_kept_alive(relay: Service, upstream: ChatUpstream):
     for wire in wires[:3]:
         assert text_of(b"".join(iter(wire.chunk, b""))) == "hello"
     assert json.loads(b"".join(iter(wires[3].chunk, b"")))["choices"]
-    for wire in wires:
-        wire.socket.close()
 
 
 def test_no_keep_alive_inside_an_event(relay: Service, upstream: ChatUpstream):
@@ -252,4 +250,4 @@ def test_many_streams_at_once(relay: Service, upstream: ChatUpstream, streams: i
     wires = [ask(relay, chat("relay", f"s{number}", stream=True)) for number in range(streams)]
     for number, wire in enumerate(wires):
         assert text_of(wire.answer().body) == "".join(f"s{number}:{i} " for i in range(20))
-        wire.socket.close()
+        wire.close()
