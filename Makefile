@@ -41,7 +41,7 @@ dist: $(STAMP)  ## sdist and wheel into dist/
 	$(BIN)/python -m build --outdir dist .
 
 clean:  ## remove everything that make made here
-	rm -rf $(VENV) .venv310 dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/bin
+	rm -rf $(VENV) .venv310 .venv-openai028-* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/bin
 
 smoke-wheel: dist  ## the wheel in clean environments: client, [server], [embedded], each used
 	$(BIN)/python tools/smoke_wheel.py dist

@@ -67,7 +67,7 @@ def test_a_chat_stream_byte_by_byte() -> None:
     )
     assert stream.feed([Text(0, "!")]) == head + b'{"content":"!"}' + tail
     assert stream.feed([Finish(0, "stop"), USAGE]) == (
-        head + b'{},"logprobs":null,"finish_reason":"stop"}]}\n\n'
+        head + b'{"content":""},"logprobs":null,"finish_reason":"stop"}]}\n\n'
     )
     assert stream.done() == b"data: [DONE]\n\n"
 

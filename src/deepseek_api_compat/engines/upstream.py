@@ -46,7 +46,7 @@ _METHOD = re.compile(r"[A-Z]+")
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")
 
 
-class _Unanswered(EngineUnavailable):
+class Unanswered(EngineUnavailable):
     """The connection closed before the first byte of a response: perhaps the request was never seen."""
 
 
@@ -266,7 +266,7 @@ class _Connection(asyncio.Protocol):
         if self._response is None:
             pass
         elif not self._begun:
-            self._end(_Unanswered("The engine closed the connection.", retry_after=RETRY_AFTER))
+            self._end(Unanswered("The engine closed the connection.", retry_after=RETRY_AFTER))
         elif self._status and exc is None and _ends_at_eof(self._response.headers):
             self._end(None)
         else:
@@ -441,7 +441,7 @@ class Upstream:
             if response.status:
                 return response
             assert response._error is not None
-            if fresh or not retry_stale or type(response._error) is not _Unanswered:
+            if fresh or not retry_stale or type(response._error) is not Unanswered:
                 raise response._error
             connection, fresh = None, True
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 from deepseek_api_compat.config import ModelSettings
 from deepseek_api_compat.engines.base import EngineState, ModelInfo, TokenEngine
 from deepseek_api_compat.engines.llamacpp import LlamaCpp
-from deepseek_api_compat.engines.upstream import Upstream
+from deepseek_api_compat.engines.upstream import Unanswered, Upstream
 from deepseek_api_compat.errors import EngineUnavailable
 from deepseek_api_compat.gateway.slots import Lease, Leases
 from deepseek_api_compat.protocol.job import Job, Piece
 
 CHAT_KINDS = frozenset({"openai"})
+NOTICE_TIME = 0.5  # seconds in which the supervisor has surely noticed the death of an engine
 
 
 class ModelPool:
@@ -111,17 +113,28 @@ class ModelPool:
         return await self._leases.acquire(self.index)
 
     async def stream(self, job: Job) -> AsyncGenerator[list[Piece], None]:
-        """Pieces of the answer, in the groups in which they arrived; the slot is free when this closes."""
-        lease = await self.lease()
-        try:
-            pieces = self._engine(lease.replica).stream(job)
+        """Pieces of the answer, in the groups in which they arrived; the slot is free when this closes.
+
+        A job that reaches no engine, because it has just died, goes to the next one that is ready.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._ready_timeout
+        while True:
+            lease = await self.lease()
             try:
-                async for group in pieces:
-                    yield group
+                async with aclosing(self._engine(lease.replica).stream(job)) as pieces:
+                    async for group in pieces:
+                        yield group
+                return
+            except Unanswered:
+                raise  # the job may be what it died of
+            except EngineUnavailable:
+                if loop.time() >= deadline:
+                    raise
+                # Soon the supervisor knows too. Until then the slot is kept, or all who queue would follow.
+                await self._change(NOTICE_TIME)
             finally:
-                await pieces.aclose()
-        finally:
-            lease.release()
+                lease.release()
 
     def usage(self) -> tuple[int, int, int]:
         return self._leases.usage(self.index)
@@ -156,8 +169,14 @@ class ModelPool:
                 raise EngineUnavailable(
                     f"No engine of {self.name} is ready; it may be starting.", retry_after=5
                 )
-            # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation.
-            waiter: asyncio.Future[None] = loop.create_future()
-            self._waiters.add(waiter)
-            await asyncio.wait([waiter], timeout=deadline - loop.time())
+            await self._change(deadline - loop.time())
+
+    async def _change(self, timeout: float) -> None:
+        """Wait for the supervisor's next word, at most `timeout` seconds."""
+        # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation.
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await asyncio.wait([waiter], timeout=timeout)
+        finally:
             self._waiters.discard(waiter)

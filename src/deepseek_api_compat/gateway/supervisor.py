@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,7 +78,7 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._failure: str | None = None
         self._said_ready = False
-        self._greeting: asyncio.Task[None] | None = None
+        self._owned: list[asyncio.Task[None]] = []
 
         self._memory = SharedMemory.create(shared_cells(settings))
         self._slots = slot_table(settings, self._memory)
@@ -100,17 +100,27 @@ class Supervisor:
         # After the control socket is there, so that no key made in between is missed.
         self._keys = await asyncio.to_thread(self._admin.store.list)
         self._replicas = replicas_of(self._settings, self._lifeline, self._on_replica_change)
-        keepers = [asyncio.create_task(self._keep_worker(worker)) for worker in self._workers]
+        keepers = [self._own(self._keep_worker(worker)) for worker in self._workers]
         await asyncio.gather(*(replica.start() for replica in self._replicas))
         await self._stopping.wait()
         await self._drain(keepers)
-        if self._greeting is not None:
-            await self._greeting
         server.close()
         await asyncio.gather(*(replica.stop() for replica in self._replicas))
         control.control_socket_path(self._settings.data_dir).unlink(missing_ok=True)
+        await asyncio.gather(*self._owned)
         if self._failure:
             raise SetupError(self._failure)
+
+    def _own(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run it beside; should it fail, the service ends and `run` raises its error."""
+        task = asyncio.create_task(work)
+        self._owned.append(task)
+        task.add_done_callback(self._check_owned)
+        return task
+
+    def _check_owned(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            self._stopping.set()
 
     def _prepare_run_dir(self) -> None:
         shutil.rmtree(self._run_dir, ignore_errors=True)
@@ -145,7 +155,7 @@ class Supervisor:
         hopes = all(isinstance(replica, WatchedUpstream) and replica.probed for replica in self._replicas)
         if up and (answers or hopes) and not self._said_ready:
             self._said_ready = True
-            self._greeting = asyncio.create_task(self._greet())
+            self._own(self._greet())
         if not self._said_ready and self._replicas and all(r.state == "failed" for r in self._replicas):
             self._failure = "No engine could be started. " + next(
                 (r.detail for r in self._replicas if r.detail), ""

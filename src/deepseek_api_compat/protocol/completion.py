@@ -130,7 +130,8 @@ class ChatStream(_Stream):
             elif isinstance(event, ToolCall):
                 out += (head, _encode({"tool_calls": [_call_delta(event)]}), self._plain_tail)
             else:
-                choice = b'%b{},"logprobs":null,"finish_reason":%b}' % (
+                # OpenAI's delta is empty here; with an empty content `print(delta.content)` prints no "None".
+                choice = b'%b{"content":""},"logprobs":null,"finish_reason":%b}' % (
                     head[len(self._head) :],
                     _encode(event.reason),
                 )
