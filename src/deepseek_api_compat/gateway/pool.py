@@ -115,8 +115,9 @@ class ModelPool:
     async def stream(self, job: Job) -> AsyncGenerator[list[Piece], None]:
         """Pieces of the answer, in the groups in which they arrived; the slot is free when this closes.
 
-        A job that reaches no engine, because it has just died, goes to the next one that is ready.
+        A job that an engine dies on before it answers goes once more to the next one that is ready.
         """
+        deaths = 0
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._ready_timeout
         while True:
@@ -126,10 +127,9 @@ class ModelPool:
                     async for group in pieces:
                         yield group
                 return
-            except Unanswered:
-                raise  # the job may be what it died of
-            except EngineUnavailable:
-                if loop.time() >= deadline:
+            except EngineUnavailable as error:
+                deaths += isinstance(error, Unanswered)
+                if deaths > 1 or loop.time() >= deadline:  # a job that has met two deaths may be their cause
                     raise
                 # Soon the supervisor knows too. Until then the slot is kept, or all who queue would follow.
                 await self._change(NOTICE_TIME)
