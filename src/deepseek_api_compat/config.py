@@ -179,7 +179,7 @@ def _read_file(path: str) -> dict[str, Any]:
             return dict(tomllib.load(file))
     except OSError as error:
         raise ConfigError(f"Can't read the configuration {path}: {error.strerror}.") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or bytes that are no UTF-8
         raise ConfigError(f"The configuration {path} is not valid TOML: {error}.") from None
 
 

@@ -109,7 +109,11 @@ class WatchedUpstream(Replica):
 
 def endpoint_of(settings: EngineSettings) -> Endpoint:
     """Raises ConfigError for a base URL that is none, or a key variable that is unset."""
-    url = urlsplit(settings.base_url or "")
+    try:
+        url = urlsplit(settings.base_url or "")
+        port = url.port
+    except ValueError:  # a port or an address in brackets that is none
+        url, port = urlsplit(""), None
     if url.scheme not in ("http", "https") or not url.hostname:
         raise ConfigError(f"Configuration: base_url {settings.base_url!r} is not an http or https address.")
     headers = {}
@@ -118,7 +122,7 @@ def endpoint_of(settings: EngineSettings) -> Endpoint:
     tls = url.scheme == "https"
     return Endpoint(
         host=url.hostname,
-        port=url.port or (443 if tls else 80),
+        port=port or (443 if tls else 80),
         tls=tls,
         base=url.path.rstrip("/"),
         headers=headers,
