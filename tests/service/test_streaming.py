@@ -45,7 +45,7 @@ def test_a_stream_and_an_answer_say_the_same(service: Service):
     first, *middle, last, usage = map(json.loads, chunks)
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert all(set(chunk["choices"][0]["delta"]) == {"content"} for chunk in middle)
-    assert last["choices"][0]["delta"] == {}
+    assert last["choices"][0]["delta"] == {"content": ""}
     assert last["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
     assert usage["choices"] == []
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in map(json.loads, chunks)}) == 1

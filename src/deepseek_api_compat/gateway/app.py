@@ -11,6 +11,7 @@ from deepseek_api_compat.gateway.chat import ChatService
 from deepseek_api_compat.gateway.gate import Gate
 from deepseek_api_compat.gateway.limits import MAX_KEYS, RateLimiter
 from deepseek_api_compat.gateway.pool import ModelPool
+from deepseek_api_compat.gateway.response import Pulse
 from deepseek_api_compat.gateway.routes import Api, ModelDirectory
 from deepseek_api_compat.gateway.shared import SharedMemory
 from deepseek_api_compat.gateway.slots import Leases, SlotTable
@@ -62,7 +63,9 @@ class Application:
             burst_seconds=limits.burst_seconds,
             alone=settings.server.workers == 1,
         )
-        api = Api(ModelDirectory(self._pools, created), ChatService(max_choices=limits.max_n), settings)
+        self.pulse = Pulse(settings.server.first_event_timeout, settings.server.keep_alive_interval)
+        directory = ModelDirectory(self._pools, created)
+        api = Api(directory, ChatService(max_choices=limits.max_n), self.pulse, settings)
         self.gate = Gate(api.routes(), keys, limiter, settings)
         self._closing: set[asyncio.Task[None]] = set()
 

@@ -36,11 +36,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     # Since when the client owes us the rest of a message; None while it owes nothing.
     _owes_since: float | None = None
-    _last_data = 0.0
     _between = True
     _in_headers = True
     _received = 0
     _held = b""
+    # Since when the last answer is out and no next request has begun.
+    _idle_since: float | None = None
     # Since when the client has not taken what was written; None while it keeps up.
     _stalled_since: float | None = None
 
@@ -67,7 +68,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse_headers()
 
     def _feed(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
+        self._idle_since = None
         try:
             self.parser.feed_data(data)
         except HttpParserUpgrade as upgrade:
@@ -120,11 +121,22 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
+        """As uvicorn's, but idle connections are found by `sweep`: no timer is set for each answer."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
         arriving = not self._between and not self._in_headers
-        if arriving and self.cycle.response_complete and not self.transport.is_closing():
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            task = self.loop.create_task(cycle.run_asgi(app))
+            task.add_done_callback(self.tasks.discard)
+            self.tasks.add(task)
+        elif arriving and self.cycle.response_complete:
             # Answered before the request was all here (413, 401): don't read the rest.
             self.transport.close()
+        else:
+            self._idle_since = time.monotonic()
 
     def overdue(self, now: float, header_timeout: float, body_timeout: float) -> bool:
         """Whether the client has taken too long over the message it is sending."""
@@ -134,6 +146,10 @@ class HttpProtocol(HttpToolsProtocol):
         if self._in_headers:
             return elapsed > header_timeout
         return elapsed > body_timeout and self._received / elapsed < MIN_BODY_RATE
+
+    def idle(self, now: float, keep_alive_timeout: float) -> bool:
+        """Whether it has been kept for another request for long enough."""
+        return self._idle_since is not None and now - self._idle_since > keep_alive_timeout
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -174,8 +190,10 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 async def sweep(connections: set[Any], server: ServerSettings) -> None:
-    """Close connections whose clients are too slow; runs for as long as the server does."""
-    patience = min(server.header_timeout, server.body_timeout, server.write_timeout)
+    """Close connections that are idle or whose clients are too slow; runs as long as the server does."""
+    patience = min(
+        server.header_timeout, server.body_timeout, server.write_timeout, server.keep_alive_timeout
+    )
     while True:
         await asyncio.sleep(min(1.0, patience / 2))
         now = time.monotonic()
@@ -186,3 +204,5 @@ async def sweep(connections: set[Any], server: ServerSettings) -> None:
                 connection.refuse(RequestTimeout("The request was not complete in time."))
             elif connection.stalled(now, server.write_timeout):
                 connection.transport.abort()
+            elif connection.idle(now, server.keep_alive_timeout):
+                connection.transport.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -126,31 +127,52 @@ async def send_error(out: Responder, error: ApiError, headers: Headers) -> None:
     await send_json(out, error.status, error.body(), extra)
 
 
+class Pulse:
+    """The keep-alives of all open streams of a worker: one clock, so that no request sets a timer.
+
+    first: seconds of silence after which the headers of a response go out with a first keep-alive.
+    interval: seconds of silence before each further one. Both hold to within an eighth.
+    """
+
+    def __init__(self, first: float, interval: float) -> None:
+        self.first = first
+        self.interval = interval
+        self.streams: set[EventStream] = set()
+
+    async def run(self) -> None:
+        """Runs for as long as the worker does."""
+        step = min(1.0, self.first / 8, self.interval / 8)
+        while True:
+            await asyncio.sleep(step)
+            now = time.monotonic()
+            for stream in list(self.streams):
+                stream.tick(now)
+
+
 class EventStream:
     """A response that may take long to begin.
 
     Nothing is sent until the first `write` or `finish`; an ApiError before that is an ordinary HTTP
-    error. After `first_timeout` seconds of silence the headers go out with status 200, and whenever
-    `interval` seconds pass in silence, one keep-alive: a comment in a stream, a blank line in JSON.
+    error. After `pulse.first` seconds of silence the headers go out with status 200, and whenever
+    `pulse.interval` seconds pass in silence, one keep-alive: a comment in a stream, a blank line in JSON.
     A late error is then an SSE error event, or an error object as the body.
     """
 
-    def __init__(
-        self, out: Responder, headers: Headers, *, sse: bool, first_timeout: float, interval: float
-    ) -> None:
+    def __init__(self, out: Responder, headers: Headers, pulse: Pulse, *, sse: bool, now: float) -> None:
+        """`now`: time.monotonic() at the arrival of the request."""
         self._out = out
         self._headers = headers
+        self._pulse = pulse
         self._sse = sse
-        self._interval = interval
         self.status = 200
-        self._silent = True
+        self._quiet_since = now
+        self._wrote = False
         self._beat: asyncio.Task[None] | None = None
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(first_timeout, self._on_timer)
+        pulse.streams.add(self)
 
     async def write(self, data: bytes) -> None:
         """Send part of the body; waits while the client reads slower than we write."""
-        self._silent = False
+        self._wrote = True
         if self._out.started:
             await self._out.part(data)
         else:
@@ -179,19 +201,23 @@ class EventStream:
 
     def close(self) -> None:
         """No more keep-alives. Called on every way out."""
-        self._timer.cancel()
+        self._pulse.streams.discard(self)
         if self._beat is not None:
             self._beat.cancel()
             self._beat = None
 
+    def tick(self, now: float) -> None:
+        """Send a keep-alive if it is time."""
+        if self._wrote:
+            self._wrote = False
+            self._quiet_since = now
+        patience = self._pulse.interval if self._out.started else self._pulse.first
+        if now - self._quiet_since >= patience and (self._beat is None or self._beat.done()):
+            self._quiet_since = now
+            self._beat = asyncio.get_running_loop().create_task(self._send_beat())
+
     async def _begin(self, data: bytes) -> None:
         await self._out.begin(200, [*self._headers, SSE if self._sse else JSON], data)
-
-    def _on_timer(self) -> None:
-        self._timer = self._loop.call_later(self._interval, self._on_timer)
-        if self._silent and (self._beat is None or self._beat.done()):
-            self._beat = self._loop.create_task(self._send_beat())
-        self._silent = True
 
     async def _send_beat(self) -> None:
         beat = b": keep-alive\n\n" if self._sse else b"\n"

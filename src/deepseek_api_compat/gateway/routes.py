@@ -16,7 +16,7 @@ from deepseek_api_compat.gateway.chat import ChatService, Events, prompt_ids
 from deepseek_api_compat.gateway.gate import Call, Route
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.relay import relay
-from deepseek_api_compat.gateway.response import EventStream, send_error, send_json
+from deepseek_api_compat.gateway.response import EventStream, Pulse, send_error, send_json
 from deepseek_api_compat.protocol import completion
 from deepseek_api_compat.protocol import openai as wire
 from deepseek_api_compat.protocol.events import Event
@@ -59,10 +59,12 @@ class ModelDirectory:
 class Api:
     """The handlers, built once around what they need."""
 
-    def __init__(self, directory: ModelDirectory, chat: ChatService, settings: Settings) -> None:
+    def __init__(
+        self, directory: ModelDirectory, chat: ChatService, pulse: Pulse, settings: Settings
+    ) -> None:
         self._directory = directory
         self._chat = chat
-        self._server = settings.server
+        self._pulse = pulse
         self._limits = wire.DecodeLimits(
             max_n=settings.limits.max_n, max_messages=settings.limits.max_messages
         )
@@ -251,13 +253,7 @@ class Api:
         return pool
 
     def _open(self, call: Call, *, sse: bool) -> EventStream:
-        return EventStream(
-            call.out,
-            call.headers,
-            sse=sse,
-            first_timeout=self._server.first_event_timeout,
-            interval=self._server.keep_alive_interval,
-        )
+        return EventStream(call.out, call.headers, self._pulse, sse=sse, now=call.tally.start)
 
     async def _answer(self, call: Call, out: EventStream, work: Coroutine[Any, Any, None]) -> None:
         """Do the work that fills `out`; whatever ends it early is told to the client if it is still there."""

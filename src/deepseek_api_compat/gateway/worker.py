@@ -110,6 +110,7 @@ async def serve(args: argparse.Namespace) -> None:
     listening.add_done_callback(lambda task: None if task.cancelled() else os._exit(1))
     tasks = [
         listening,
+        asyncio.create_task(application.pulse.run()),
         asyncio.create_task(sweep(server.server_state.connections, settings.server)),
     ]
     # What was built so far lives as long as the process: keep the garbage collector off it.
