@@ -118,6 +118,7 @@ class ModelPool:
         A job that an engine dies on before it answers goes once more to the next one that is ready.
         """
         deaths = 0
+        begun = False
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._ready_timeout
         while True:
@@ -125,11 +126,13 @@ class ModelPool:
             try:
                 async with aclosing(self._engine(lease.replica).stream(job)) as pieces:
                     async for group in pieces:
+                        begun = True
                         yield group
                 return
             except EngineUnavailable as error:
                 deaths += isinstance(error, Unanswered)
-                if deaths > 1 or loop.time() >= deadline:  # a job that has met two deaths may be their cause
+                # A job that has met two deaths may be their cause.
+                if begun or deaths > 1 or loop.time() >= deadline:
                     raise
                 # Soon the supervisor knows too. Until then the slot is kept, or all who queue would follow.
                 await self._change(NOTICE_TIME)
