@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable
 
 import pytest
 import uvloop
+
+
+# A shell that starts the tests in the background has SIGINT ignored, and their children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)  # older versions of pytest-asyncio run everything under asyncio's loop
