@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 import uvloop
 
-
 # A shell that starts the tests in the background has SIGINT ignored, and their children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
