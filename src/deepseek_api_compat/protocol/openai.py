@@ -70,6 +70,29 @@ class FilePart(Wire, frozen=True, tag_field="type", tag="file"):
 Part = str | TextPart | RefusalPart | ImagePart | AudioPart | FilePart
 
 
+def text_of(content: str | list[Part] | None, param: str) -> str:
+    """The text of a message: its parts joined without a separator; "" for null.
+
+    Raises InvalidRequest, with `param` as the field's path, for parts that are not text.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(_part_text(part, param) for part in content)
+
+
+def _part_text(part: Part, param: str) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, TextPart):
+        return part.text
+    if isinstance(part, RefusalPart):
+        return part.refusal
+    raise InvalidRequest(
+        f"`{param}` has a part of type {part.__struct_config__.tag}, but this model reads text only.",
+        param=param,
+    )
+
+
 class FunctionCall(Wire, frozen=True, kw_only=True):
     name: str
     arguments: str = ""
@@ -82,14 +105,19 @@ class MessageToolCall(Wire, frozen=True, kw_only=True):
 
 
 class Message(Wire, frozen=True, kw_only=True):
-    """One turn. `content` is only null for an assistant's; `tool_call_id` says which call a tool answers."""
+    """One turn. `content` is only null for an assistant's; `tool_call_id` says which call a tool answers.
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    `prefix` marks a last assistant message that the answer continues. The role `latest_reminder` exists
+    in DeepSeek V4 only.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "latest_reminder"]
     content: str | list[Part] | None = None
     name: str | None = None
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    prefix: bool | None = None
 
 
 class FunctionDefinition(Wire, frozen=True, kw_only=True):
@@ -126,6 +154,12 @@ class JsonSchema(Wire, frozen=True, kw_only=True):
 class ResponseFormat(Wire, frozen=True, kw_only=True):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+
+class Thinking(Wire, frozen=True, kw_only=True):
+    """DeepSeek's switch; a plain boolean means the same."""
+
+    type: Literal["enabled", "disabled"]
 
 
 class StreamOptions(Wire, frozen=True, kw_only=True):
@@ -181,6 +215,24 @@ class ChatRequest(Generation, frozen=True, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    thinking: bool | Thinking | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the model shall think before it answers; None where the request leaves that open.
+
+        `thinking` counts before `chat_template_kwargs` (as vLLM and SGLang take it), that before
+        `reasoning_effort`.
+        """
+        if self.thinking is not None:
+            return self.thinking if isinstance(self.thinking, bool) else self.thinking.type == "enabled"
+        kwargs = self.chat_template_kwargs or {}
+        for name in ("thinking", "enable_thinking"):
+            if isinstance(chosen := kwargs.get(name), bool):
+                return chosen
+        return None if self.reasoning_effort is None else self.reasoning_effort != "none"
 
     @property
     def limit(self) -> int | None:

@@ -25,10 +25,8 @@ from deepseek_api_compat.protocol.openai import (
     ChatRequest,
     Generation,
     Message,
-    Part,
-    RefusalPart,
-    TextPart,
     Tool,
+    text_of,
 )
 
 ROLES = {"developer": "system"}  # OpenAI's newer name for the same thing; templates know the older
@@ -45,9 +43,13 @@ def normalise(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _normal(i: int, message: Message) -> dict[str, Any]:
+    if message.role == "latest_reminder":
+        raise InvalidRequest(
+            f"`messages[{i}].role`: only DeepSeek V4 knows `latest_reminder`.", param=f"messages[{i}].role"
+        )
     normal: dict[str, Any] = {
         "role": ROLES.get(message.role, message.role),
-        "content": _text_of(message.content, f"messages[{i}].content"),
+        "content": text_of(message.content, f"messages[{i}].content"),
     }
     if message.name is not None:
         normal["name"] = message.name
@@ -65,25 +67,6 @@ def _normal(i: int, message: Message) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     return normal
-
-
-def _text_of(content: str | list[Part] | None, param: str) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(_part_text(part, param) for part in content)
-
-
-def _part_text(part: Part, param: str) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, TextPart):
-        return part.text
-    if isinstance(part, RefusalPart):
-        return part.refusal
-    raise InvalidRequest(
-        f"`{param}` has a part of type {part.__struct_config__.tag}, but this model reads text only.",
-        param=param,
-    )
 
 
 def render_template(
