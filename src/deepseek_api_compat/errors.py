@@ -88,14 +88,15 @@ class InvalidRequest(ApiError):
 
 
 class ContextTooLong(InvalidRequest):
-    """`tokens` in the prompt, `limit` in the model's context (both token counts)."""
+    """`tokens` in the prompt (or `at_least` so many), `limit` in the model's context."""
 
     code = "context_length_exceeded"
 
-    def __init__(self, tokens: int, limit: int) -> None:
+    def __init__(self, tokens: int, limit: int, *, at_least: bool = False) -> None:
+        counted = f"at least {tokens}" if at_least else f"{tokens}"
         super().__init__(
             f"This model's maximum context length is {limit} tokens. However, your messages "
-            f"resulted in {tokens} tokens. Please reduce the length of the messages.",
+            f"resulted in {counted} tokens. Please reduce the length of the messages.",
             param="messages",
         )
         self.tokens = tokens

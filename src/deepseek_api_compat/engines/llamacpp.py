@@ -11,7 +11,7 @@ Two things that llama.cpp keeps to itself are found out here:
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,9 @@ SOCKET_PATH_MAX = 103  # bytes; Linux takes 107, macOS and BSD 103
 READY_TIMEOUT = 600.0  # seconds for loading; hundreds of GB from a disk take minutes
 REMEMBERED = 4096  # spellings and schemas kept
 
+# llama.cpp unrolls what a schema repeats: at 100 million items it takes all memory there is.
+MOST_REPEATS = 10_000
+_REPEATS = frozenset({"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"})
 _NOT_JSON = ")"  # no JSON text begins with it
 
 
@@ -122,8 +125,11 @@ class LlamaCpp:
         """
         try:
             key = msgspec.json.encode(schema)
+            most = max(_counts(schema), default=0)
         except RecursionError:
             raise _bad_schema("it is nested too deeply") from None
+        if most > MOST_REPEATS:
+            raise _bad_schema(f"it has a count over {MOST_REPEATS}")
         enforced = self._schemas.get(key)
         if enforced is None:
             bait = (await self.tokenize(_NOT_JSON, special=False))[-1]
@@ -200,6 +206,19 @@ def managed(
         start_timeout=READY_TIMEOUT,
         on_change=on_change,
     )
+
+
+def _counts(schema: Any) -> Iterator[float]:
+    """How often something may be repeated, wherever the schema says it."""
+    if isinstance(schema, dict):
+        for name, value in schema.items():
+            if name in _REPEATS and isinstance(value, (int, float)):
+                yield value
+            else:
+                yield from _counts(value)
+    elif isinstance(schema, list):
+        for item in schema:
+            yield from _counts(item)
 
 
 def _bad_schema(reason: str) -> InvalidRequest:

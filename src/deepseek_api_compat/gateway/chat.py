@@ -21,6 +21,8 @@ from deepseek_api_compat.protocol.job import Job, Sampling
 from deepseek_api_compat.protocol.openai import ChatRequest, CompletionRequest, Message
 from deepseek_api_compat.protocol.output import OutputParser
 
+LONGEST_TOKEN = 256  # characters; twice the longest that known vocabularies have (128 spaces)
+
 Events = AsyncGenerator[list[Event], None]
 
 
@@ -192,4 +194,15 @@ async def prompt_ids(
     text = prompt.render_template(
         info.chat_template, prompt.normalise(messages), bos=info.bos, eos=info.eos, tools=tools
     )
-    return await engine.tokenize(text, special=True)
+    return await token_ids(engine, info, text, special=True)
+
+
+async def token_ids(engine: TokenEngine, info: ModelInfo, text: str, *, special: bool) -> list[int]:
+    """A text as token ids. Raises ContextTooLong, at no cost, for one that is far too long.
+
+    Tokenising costs the engine some 250 bytes of memory for each byte of text.
+    """
+    least = len(text) // LONGEST_TOKEN
+    if least > info.context:
+        raise ContextTooLong(least, info.context, at_least=True)
+    return await engine.tokenize(text, special=special)

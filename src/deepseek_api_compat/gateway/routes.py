@@ -12,7 +12,7 @@ from deepseek_api_compat import __version__
 from deepseek_api_compat.config import Settings
 from deepseek_api_compat.errors import ApiError, EngineUnavailable, InvalidRequest, ModelNotFound
 from deepseek_api_compat.gateway import metrics, openapi
-from deepseek_api_compat.gateway.chat import ChatService, Events, prompt_ids
+from deepseek_api_compat.gateway.chat import ChatService, Events, prompt_ids, token_ids
 from deepseek_api_compat.gateway.gate import Call, Route
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.relay import relay
@@ -139,9 +139,9 @@ class Api:
         if request.suffix is not None:
             raise InvalidRequest(f"{pool.name} can't fill in the middle of a text.", param="suffix")
         self._chat.check_choices(len(request.prompts) * request.choices)
-        engine = await pool.engine()
+        info, engine = await pool.info(), await pool.engine()
         prompts = [
-            prompt if isinstance(prompt, list) else await engine.tokenize(prompt, special=False)
+            prompt if isinstance(prompt, list) else await token_ids(engine, info, prompt, special=False)
             for prompt in request.prompts
         ]
         echo = None
@@ -179,9 +179,9 @@ class Api:
             )
         if request.dimensions is not None:
             raise InvalidRequest(f"{pool.name} has vectors of one size only.", param="dimensions")
-        engine = await pool.engine()
+        info, engine = await pool.info(), await pool.engine()
         inputs = [
-            text if isinstance(text, list) else await engine.tokenize(text, special=False)
+            text if isinstance(text, list) else await token_ids(engine, info, text, special=False)
             for text in request.inputs
         ]
         vectors = await engine.embed(inputs)
@@ -198,7 +198,7 @@ class Api:
         if request.messages is not None:
             ids = await prompt_ids(engine, info, request.messages, request.tools)
         else:
-            ids = await engine.tokenize(request.text, special=request.add_special_tokens)
+            ids = await token_ids(engine, info, request.text, special=request.add_special_tokens)
         await self._json(call, {"tokens": ids, "count": len(ids), "max_model_len": info.context})
 
     async def detokenize(self, call: Call) -> None:
