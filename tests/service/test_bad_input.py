@@ -136,6 +136,28 @@ def test_a_prompt_longer_than_the_context(service: Service, stream: bool):
     assert counted < numbers[1] < counted + 100  # the template adds its own
 
 
+@pytest.mark.parametrize("body", [chat("tiny", " " * 30 * MEGABYTE), {"content": " " * 30 * MEGABYTE}])
+def test_a_prompt_far_longer_than_the_context_costs_nothing(service: Service, body: object):
+    """Tokenising this would take the engine a minute and seven gigabytes."""
+    began = time.monotonic()
+    answer = post(service, body, path=PATH if "messages" in body else "/tokenize")
+    assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+    assert f"{CONTEXT} tokens" in answer.error["message"]
+    assert "at least 122880 tokens" in answer.error["message"] or "messages" in body
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("count", ["minItems", "maxItems", "minLength", "maxLength"])
+def test_a_schema_that_would_take_all_memory(service: Service, count: str):
+    kind = {"type": "array", "items": {"type": "string"}} if "Items" in count else {"type": "string"}
+    schema = {"type": "object", "properties": {"x": {**kind, count: 100_000_000}}, "required": ["x"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    [before] = service.engines()
+    answer = post(service, chat("tiny", response_format=form, max_tokens=4))
+    assert (answer.status, answer.error["param"]) == (400, "response_format")
+    assert service.engines() == [before]
+
+
 @pytest.mark.parametrize("path", [PATH, "/v1/completions", "/v1/embeddings"])
 def test_an_unknown_model_lists_the_known(relay: Service, path: str):
     body = {**chat("gpt-17"), "prompt": "x", "input": "x"}
