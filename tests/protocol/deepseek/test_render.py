@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from deepseek_api_compat.errors import InvalidRequest
+from deepseek_api_compat.protocol.deepseek import FORMATS, render
+from deepseek_api_compat.protocol.openai import ChatRequest, CompletionRequest, DecodeLimits, decode_chat
+
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+
+
+def request(*messages: dict[str, Any], **fields: Any) -> ChatRequest:
+    body = {"model": "m", "messages": messages or [{"role": "user", "content": "Hi"}], **fields}
+    return decode_chat(json.dumps(body).encode(), DecodeLimits())
+
+
+def text(format: str, request: ChatRequest, variant: str | None = None) -> str:
+    return "".join(segment.text for segment in render(format, variant, request))
+
+
+# A model that has seen one text must not meet another after an update: change this knowingly or not at all.
+V3_TOOLS = """<｜begin▁of▁sentence｜>Be brief.
+
+## Tools
+
+You can call these functions, described in JSON Schema:
+
+{"name": "now", "parameters": {"type": "object", "properties": {}}}
+{"name": "now", "parameters": {"type": "object", "properties": {}}}
+
+To call functions, end your reply with one block in exactly this format, where ARGUMENTS is a JSON object:
+<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>FUNCTION_NAME
+```json
+ARGUMENTS
+```<｜tool▁call▁end｜>
+<｜tool▁call▁begin｜>function<｜tool▁sep｜>FUNCTION_NAME
+```json
+ARGUMENTS
+```<｜tool▁call▁end｜><｜tool▁calls▁end｜>
+
+The block has one entry for each call. Its results come next. Without a need for a function, just answer.\
+<｜User｜>What time is it?<｜Assistant｜>"""
+
+
+def test_v3_tool_text_is_stable() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What time is it?"}]
+    assert text("v3-tools", request(*messages, tools=[TOOL, TOOL])) == V3_TOOLS
+
+
+@pytest.mark.parametrize("format", [format for format in FORMATS if format != "v3"])
+def test_tool_choice_none_hides_the_tools(format: str) -> None:
+    assert '"properties"' in text(format, request(tools=[TOOL]))
+    assert text(format, request(tools=[TOOL], tool_choice="none")) == text(format, request())
+
+
+@pytest.mark.parametrize(
+    ("fields", "thinks"),
+    [
+        ({}, False),
+        ({"thinking": True}, True),
+        ({"thinking": {"type": "enabled"}}, True),
+        ({"chat_template_kwargs": {"thinking": True}}, True),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+        ({"reasoning_effort": "high"}, True),
+        ({"reasoning_effort": "none"}, False),
+        ({"chat_template_kwargs": {"thinking": False}, "reasoning_effort": "high"}, False),
+        ({"thinking": False, "chat_template_kwargs": {"thinking": True}}, False),
+    ],
+)
+@pytest.mark.parametrize("format", ["v3.1", "v3.2"])
+def test_thinking_is_chosen_by_the_request(format: str, fields: dict[str, Any], thinks: bool) -> None:
+    end = "<think>" if thinks else "</think>"
+    assert text(format, request(**fields)) == f"<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>{end}"
+
+
+def test_v32_continues_a_given_answer_after_empty_reasoning() -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel", "prefix": True}]
+    assert text("v3.2", request(*messages, thinking=True)).endswith("<｜Assistant｜><think></think>Hel")
+
+
+def test_v32_continues_given_reasoning() -> None:
+    begun = {"role": "assistant", "content": None, "reasoning_content": "Hmm", "prefix": True}
+    assert text("v3.2", request({"role": "user", "content": "Hi"}, begun, thinking=True)).endswith(
+        "<think>Hmm"
+    )
+
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "names"),
+    [
+        ([{**USER, "prefix": True}], "messages[0].prefix"),
+        ([USER, {**ANSWER, "prefix": True}, USER], "messages[1].prefix"),
+        ([USER, {"role": "latest_reminder", "content": "x"}], "messages[1].role"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content"),
+    ],
+)
+@pytest.mark.parametrize("format", ["v3", "r1", "v3.1", "v3.2"])
+def test_what_a_format_cannot_express_is_named(
+    format: str, messages: list[dict[str, Any]], names: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        render(format, None, request(*messages))
+    assert caught.value.param == names
+    assert names in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("messages", "names"),
+    [
+        ([USER, {"role": "tool", "tool_call_id": "c", "content": "2"}], "messages[1]"),
+        ([USER, ANSWER], "messages[1]"),
+        ([{"role": "developer", "content": "x"}, ANSWER, USER], "messages[0]"),
+    ],
+)
+def test_v32_names_the_message_that_it_refuses(messages: list[dict[str, Any]], names: str) -> None:
+    with pytest.raises(InvalidRequest, match="DeepSeek-V3") as caught:
+        render("v3.2", None, request(*messages, thinking=True))
+    assert caught.value.param == names
+
+
+def test_v32_names_arguments_that_are_no_object() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": "[1]"}}
+    with pytest.raises(InvalidRequest) as caught:
+        render("v3.2", None, request(USER, {"role": "assistant", "content": "", "tool_calls": [call]}))
+    assert caught.value.param == "messages[1].tool_calls[0].function.arguments"
+
+
+def test_v4_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepseek_recipe", None)
+    with pytest.raises(InvalidRequest, match="v4 needs the package deepseek-recipe"):
+        render("v4", None, request())
+
+
+@pytest.mark.parametrize(("format", "variant", "param"), [("v5", None, "format"), ("v3", "x", "variant")])
+def test_unknown_formats_are_refused(format: str, variant: str, param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        render(format, variant, request())
+    assert caught.value.param == param
+
+
+def test_a_gap_needs_a_suffix() -> None:
+    with pytest.raises(InvalidRequest, match="suffix"):
+        render("v3", None, CompletionRequest(model="m", prompt="def f("))
