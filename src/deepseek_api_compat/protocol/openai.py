@@ -216,7 +216,7 @@ class ChatRequest(Generation, frozen=True, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     thinking: bool | Thinking | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: NonEmpty | None = None  # "none", "high", ...: models differ in which they know
     chat_template_kwargs: dict[str, Any] | None = None
 
     @property

@@ -125,10 +125,19 @@ def test_v32_names_the_message_that_it_refuses(messages: list[dict[str, Any]], n
     assert caught.value.param == names
 
 
-def test_v32_names_arguments_that_are_no_object() -> None:
-    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": "[1]"}}
+def calling(arguments: str) -> ChatRequest:
+    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": arguments}}
+    return request(USER, {"role": "assistant", "content": "", "tool_calls": [call]}, tools=[TOOL])
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", "[1]", '{"a": ', '{"a": "\\ud800"}', '{"a":' * 5000 + "1" + "}" * 5000]
+)
+def test_arguments_that_are_no_object(arguments: str) -> None:
+    for format in ("v3-tools", "r1", "v3.1"):
+        assert arguments in text(format, calling(arguments))
     with pytest.raises(InvalidRequest) as caught:
-        render("v3.2", None, request(USER, {"role": "assistant", "content": "", "tool_calls": [call]}))
+        render("v3.2", None, calling(arguments))
     assert caught.value.param == "messages[1].tool_calls[0].function.arguments"
 
 
@@ -138,8 +147,10 @@ def test_v4_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
         render("v4", None, request())
 
 
-@pytest.mark.parametrize(("format", "variant", "param"), [("v5", None, "format"), ("v3", "x", "variant")])
-def test_unknown_formats_are_refused(format: str, variant: str, param: str) -> None:
+@pytest.mark.parametrize(
+    ("format", "variant", "param"), [("v5", None, "format"), ("v3", "x", "variant"), ("v4", "x", "variant")]
+)
+def test_unknown_formats_are_refused(format: str, variant: str | None, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         render(format, variant, request())
     assert caught.value.param == param

@@ -43,7 +43,7 @@ def render(
     """
     if isinstance(request, CompletionRequest):
         return _completion(format, request)
-    if format in _V4:
+    if format in _V4 and variant is None:
         return prompt_v4.render(format, request)
     renderer = _RENDERERS.get((format, variant))
     if renderer is None:

@@ -20,12 +20,11 @@ class Call(NamedTuple):
     param: str
 
     def parsed(self) -> dict[str, Any] | None:
-        """The arguments as an object; None where they aren't one."""
+        """The arguments as an object; None where they aren't one (half a surrogate pair is no text)."""
         try:
-            value = json.loads(self.arguments)
-        except (ValueError, RecursionError):
+            return msgspec.json.decode(self.arguments, type=dict[str, Any])
+        except (msgspec.MsgspecError, RecursionError):
             return None
-        return value if isinstance(value, dict) else None
 
 
 class Turn(NamedTuple):
@@ -99,4 +98,9 @@ def _turn(i: int, message: Message, is_last: bool) -> Turn:
 
 def to_json(value: Any) -> str:
     """JSON as DeepSeek's models saw it in training: blanks after separators, nothing escaped to ASCII."""
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise InvalidRequest(
+            "The arguments of a tool call are nested too deeply.", param="messages"
+        ) from None
