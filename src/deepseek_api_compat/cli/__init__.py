@@ -21,6 +21,7 @@ COMMANDS = {
     "models": "list, fetch and remove models",
     "engines": "show the engines of the running service",
     "chat": "talk to a running service",
+    "render": "turn requests into DeepSeek prompts (JSON lines)",
     "version": "print the version",
 }
 
@@ -83,7 +84,7 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         ):
             print(
                 f"{parser.prog}: the package {error.name} is missing; "
-                "install with: pip install 'deepseek-api-compat[embedded]'",
+                "install with: pip install 'deepseek-api-compat[embedded,formats]'",
                 file=sys.stderr,
             )
             return 1
