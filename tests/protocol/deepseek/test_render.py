@@ -5,6 +5,8 @@ import sys
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deepseek_api_compat.errors import InvalidRequest
 from deepseek_api_compat.protocol.deepseek import FORMATS, render
@@ -139,6 +141,40 @@ def test_arguments_that_are_no_object(arguments: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         render("v3.2", None, calling(arguments))
     assert caught.value.param == "messages[1].tool_calls[0].function.arguments"
+
+
+def messages_of(roles: list[str]) -> list[dict[str, Any]]:
+    """One message for each role, numbered; `caller` is an assistant that calls two functions."""
+    function = {"name": "now", "arguments": '{"a": 1}'}
+    calls = [{"id": f"c{n}", "type": "function", "function": function} for n in range(2)]
+    kinds: dict[str, dict[str, Any]] = {
+        "caller": {"role": "assistant", "tool_calls": calls},
+        "thinker": {"role": "assistant", "reasoning_content": "Hmm"},
+        "tool": {"role": "tool", "tool_call_id": "c0"},
+    }
+    return [{"role": role, "content": f"text {i}!", **kinds.get(role, {})} for i, role in enumerate(roles)]
+
+
+ROLES = ["system", "developer", "user", "assistant", "caller", "thinker", "tool", "tool"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@given(
+    roles=st.lists(st.sampled_from(ROLES), min_size=1, max_size=8),
+    thinking=st.booleans(),
+    tools=st.sampled_from([None, [TOOL]]),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_order_of_messages_is_rendered_whole_or_refused(
+    format: str, roles: list[str], thinking: bool, tools: list[Any] | None
+) -> None:
+    messages = messages_of(roles)
+    try:
+        prompt = text(format, request(*messages, thinking=thinking, tools=tools))
+    except InvalidRequest:
+        assert format in ("v3.2", "v4", "v4.1")
+    else:
+        assert [message["content"] for message in messages if message["content"] not in prompt] == []
 
 
 def test_v4_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def v32(conversation: Conversation) -> Iterator[Segment]:
         elif turn.role == "tool":
             yield from _result(turns, i, mark)
         else:
-            yield from _assistant(turn, current and i > last_user)
+            yield from _assistant(turn, current)
 
 
 def _refused(turn: Turn, why: str) -> InvalidRequest:
