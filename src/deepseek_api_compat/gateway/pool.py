@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from deepseek_api_compat.config import ModelSettings
@@ -32,7 +32,6 @@ class ModelPool:
         leases: Leases,
         *,
         ready_timeout: float = 30.0,
-        connect: Callable[[EngineState], TokenEngine] | None = None,
     ) -> None:
         self.index = index
         self.settings = settings
@@ -42,7 +41,6 @@ class ModelPool:
         self.leased = self.kind == "token" or any(engine.concurrency for engine in settings.engines)
         self._leases = leases
         self._ready_timeout = ready_timeout
-        self._connect = connect or (lambda state: LlamaCpp(state.endpoint))
         self._states: dict[int, EngineState] = {}
         self._engines: dict[int, TokenEngine] = {}
         self._upstreams: dict[int, Upstream] = {}
@@ -145,7 +143,12 @@ class ModelPool:
     def _engine(self, replica: int) -> TokenEngine:
         engine = self._engines.get(replica)
         if engine is None:
-            engine = self._engines[replica] = self._connect(self._states[replica])
+            config = self.settings.engines[self._engine_of(replica)]
+            engine = self._engines[replica] = LlamaCpp(
+                self._states[replica].endpoint,
+                connect_timeout=config.connect_timeout,
+                read_timeout=config.read_timeout,
+            )
         return engine
 
     def _engine_of(self, replica: int) -> int:
