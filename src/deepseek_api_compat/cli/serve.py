@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, host: str | None) -> None:
 def run(args: argparse.Namespace) -> int:
     from deepseek_api_compat import config
     from deepseek_api_compat.gateway import supervisor
+    from deepseek_api_compat.gateway.listen import bind
     from deepseek_api_compat.security.admin import open_admin
     from deepseek_api_compat.store.datadir import make_data_dir
 
@@ -54,25 +55,26 @@ def run(args: argparse.Namespace) -> int:
     settings = config.load(args.config, flags={"server": {name: getattr(args, name) for name in names}})
     config.check_files(settings)
     # The port first: a model may take minutes to fetch, and a taken port should be said at once.
-    listener = supervisor.bind(settings.server.host, settings.server.port)
+    listeners = bind(settings.server.host, settings.server.port, settings.server.workers)
     make_data_dir(settings.data_dir)
     lock = supervisor.lock_data_dir(settings.data_dir)
     check_embedded(settings, args.model_path)
     settings = with_models(settings, args.model_path)
     admin = open_admin(settings.data_dir)
-    address = listener.getsockname()[:2]
+    address = listeners[0].getsockname()[:2]
 
     async def serve() -> None:
         def ready(key: str | None, problems: list[str]) -> None:
             announce(settings, address, key, problems)
 
-        await supervisor.Supervisor(settings, listener, admin, ready).run()
+        await supervisor.Supervisor(settings, listeners, admin, ready).run()
 
     try:
         asyncio.run(serve())
     finally:
         admin.close()
-        listener.close()
+        for listener in listeners:
+            listener.close()
         os.close(lock)
     return 0
 

@@ -57,17 +57,19 @@ class Supervisor:
     def __init__(
         self,
         settings: Settings,
-        listener: socket.socket,
+        listeners: Sequence[socket.socket],
         admin: KeyAdmin,
         on_ready: Callable[[str | None, list[str]], None],
     ) -> None:
-        """`on_ready` is called once, when workers accept connections and an engine can answer.
+        """`listeners`: a bound socket for each worker.
+
+        `on_ready` is called once, when workers accept connections and an engine can answer.
 
         It gets the admin key if this start made it (a start that fails before makes none), and a sentence
         for each upstream that doesn't answer yet: that is no reason to wait.
         """
         self._settings = settings
-        self._listener = listener
+        self._listeners = listeners
         self._admin = admin
         self._on_ready = on_ready
         self._run_dir = settings.data_dir / "run"
@@ -199,7 +201,7 @@ class Supervisor:
         my_fd = self._pipes[worker.index][0]
         fds = [
             theirs.fileno(),
-            self._listener.fileno(),
+            self._listeners[worker.index].fileno(),
             self._memory.fd,
             self._lifeline.fd,
             my_fd,
@@ -260,7 +262,8 @@ class Supervisor:
             self._keys_changed.notify_all()
 
     async def _drain(self, keepers: list[asyncio.Task[None]]) -> None:
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         for worker in self._workers:
             worker.send(channel.Drain())
         patience = self._settings.server.drain_timeout + 5.0
@@ -342,28 +345,3 @@ def lock_data_dir(data_dir: Path) -> int:
             f"Another service is already running on the data directory {data_dir}; stop it or use --data-dir."
         ) from None
     return fd
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet. Raises SetupError with the reason in one sentence."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise SetupError(f"Can't use the address {host}: {error.strerror or error}.") from None
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-    except PermissionError:
-        listener.close()
-        raise SetupError(
-            f"Ports below 1024, such as {port}, need root rights; choose another with --port."
-        ) from None
-    except OSError as error:
-        listener.close()
-        if error.errno == 98 or "in use" in str(error):
-            raise SetupError(
-                f"Port {port} is already in use; choose another with --port, or stop its owner."
-            ) from None
-        raise SetupError(f"Can't listen on {host} port {port}: {error.strerror}.") from None
-    return listener
