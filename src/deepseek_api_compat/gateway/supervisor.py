@@ -152,6 +152,8 @@ class Supervisor:
         return [replica.describe() for replica in self._replicas]
 
     def _check_ready(self) -> None:
+        if self._stopping.is_set():
+            return
         up = all(worker.started.is_set() for worker in self._workers)
         answers = any(replica.state == "ready" for replica in self._replicas)
         hopes = all(isinstance(replica, WatchedUpstream) and replica.probed for replica in self._replicas)
@@ -242,6 +244,8 @@ class Supervisor:
             )
         )
         worker.acknowledged = self._keys_version
+        if self._stopping.is_set():  # it was not there yet when the others were told
+            worker.send(channel.Drain())
         async for message in channel.messages(reader):
             if isinstance(message, channel.Started):
                 worker.started.set()
