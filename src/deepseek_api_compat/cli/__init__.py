@@ -34,7 +34,14 @@ _EPILOG = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line. Returns the exit code: 0, or 1 with one sentence on standard error."""
+    """Run a command line. Returns the exit code: 0; 1 with one sentence on stderr; 130 after Ctrl-C."""
+    try:
+        return _run(_parser(sys.argv[1:] if argv is None else argv), argv)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deepseek-api",
         description="DeepSeek-V3 in a box: an OpenAI-compatible service, its keys, its models.",
@@ -43,25 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    words = sys.argv[1:] if argv is None else argv
     asked = next((word for word in words if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
         if name == asked and name != "version":
             import_module(f"deepseek_api_compat.cli.{name}").add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary).set_defaults(run=_version)
-    return _run(parser, argv)
+    return parser
 
 
 def start_server(argv: Sequence[str] | None = None) -> int:
     """`start_server --model-path ... --port ... --workers ...`: serves on all addresses."""
-    from deepseek_api_compat.cli import serve
-
     parser = argparse.ArgumentParser(
         prog="start_server", description="Serve a model through the OpenAI API on all network addresses."
     )
-    serve.add_arguments(parser, host="0.0.0.0")  # noqa: S104 - the documented default of this entry point
-    return _run(parser, argv)
+    try:
+        from deepseek_api_compat.cli import serve
+
+        serve.add_arguments(parser, host="0.0.0.0")  # noqa: S104 - the documented default of this entry point
+        return _run(parser, argv)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _version(_: argparse.Namespace) -> int:
@@ -91,5 +100,3 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         raise
     except BrokenPipeError:
         return 1
-    except KeyboardInterrupt:
-        return 130
