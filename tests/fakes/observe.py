@@ -9,12 +9,14 @@ from typing import Any
 import httpx
 
 from fakes.service import Service
+from fakes.wire import call, request
 
 
 def metrics(service: Service) -> dict[str, float]:
     """Every sample of /metrics, by its name and labels."""
-    with service.client() as http:
-        text = http.get("/metrics").raise_for_status().text
+    answer = call(service.port, request("GET", "/metrics", b"", service.key))
+    assert answer.status == 200, answer
+    text = answer.body.decode()
     samples = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, value in samples}
 
@@ -35,7 +37,7 @@ def waiting(service: Service, model: str) -> int:
 
 def ready(service: Service) -> int:
     """The status of GET /ready."""
-    return httpx.get(service.url + "/ready").status_code
+    return call(service.port, request("GET", "/ready")).status
 
 
 def engine_slots(service: Service) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Iterator
 
-import httpx
 import pytest
 
 from fakes.configs import ENGINE, IMPATIENT, chat
@@ -41,10 +40,6 @@ def ask(service: Service, body: object) -> Wire:
     return Wire(service.port).send(request("POST", PATH, body, service.key))
 
 
-def post(service: Service, body: object) -> Answer:
-    return call(service.port, request("POST", PATH, body, service.key))
-
-
 def kill_engine(service: Service, number: signal.Signals = signal.SIGKILL) -> int:
     [state] = service.engines()
     os.kill(state["pid"], number)
@@ -54,9 +49,9 @@ def kill_engine(service: Service, number: signal.Signals = signal.SIGKILL) -> in
 def test_it_is_restarted_and_readiness_tells_the_truth(engine: Service):
     killed = kill_engine(engine)
     refusal = eventually(lambda: not_ready(engine), timeout=2, what="/ready 503")
-    assert refusal.json()["error"]["code"] == "engine_unavailable"
+    assert refusal.error["code"] == "engine_unavailable"
     assert int(refusal.headers["retry-after"]) >= 1
-    assert httpx.get(engine.url + "/health").status_code == 200
+    assert call(engine.port, request("GET", "/health")).status == 200
     assert metrics(engine)['deepseek_engine_up{kind="llamacpp",model="tiny",replica="0"}'] == 0
 
     # What comes meanwhile waits for the next one.
@@ -71,9 +66,9 @@ def test_it_is_restarted_and_readiness_tells_the_truth(engine: Service):
     assert (state["state"], state["pid"] != killed) == ("ready", True)
 
 
-def not_ready(service: Service) -> httpx.Response | None:
-    answer = httpx.get(service.url + "/ready")
-    return answer if answer.status_code == 503 else None
+def not_ready(service: Service) -> Answer | None:
+    answer = call(service.port, request("GET", "/ready"))
+    return answer if answer.status == 503 else None
 
 
 def test_those_in_flight_are_told_and_those_in_the_queue_are_served(engine: Service):
