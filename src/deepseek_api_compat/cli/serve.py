@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import resource
 import socket
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     names = ("host", "port", "workers", "data_dir", "public_url", "tls_cert", "tls_key")
     settings = config.load(args.config, flags={"server": {name: getattr(args, name) for name in names}})
     config.check_files(settings)
+    allow_many_connections()
     # The port first: a model may take minutes to fetch, and a taken port should be said at once.
     listeners = bind(settings.server.host, settings.server.port, settings.server.workers)
     make_data_dir(settings.data_dir)
@@ -77,6 +79,12 @@ def run(args: argparse.Namespace) -> int:
             listener.close()
         os.close(lock)
     return 0
+
+
+def allow_many_connections() -> None:
+    """A stream takes two file descriptors, and the usual soft limit is 1024: raise it as far as we may."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def check_embedded(settings: Settings, model_path: str | None) -> None:
