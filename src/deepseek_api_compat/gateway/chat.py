@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from deepseek_api_compat.engines.base import ModelInfo, TokenEngine
@@ -45,8 +46,9 @@ class ChatService:
             grammar=prompt.grammar_of(request),
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
-        async for events in self._generate(pool, choices(job, request.choices), 1, tally):
-            yield events
+        async with aclosing(self._generate(pool, choices(job, request.choices), 1, tally)) as stream:
+            async for events in stream:
+                yield events
 
     async def complete(
         self, pool: ModelPool, request: CompletionRequest, prompts: Sequence[list[int]], tally: Tally
@@ -65,8 +67,9 @@ class ChatService:
                 top_logprobs=request.logprobs,
             )
             jobs += choices(job, request.choices)
-        async for events in self._generate(pool, jobs, len(prompts), tally):
-            yield events
+        async with aclosing(self._generate(pool, jobs, len(prompts), tally)) as stream:
+            async for events in stream:
+                yield events
 
     def check_choices(self, count: int) -> None:
         """Raises InvalidRequest if one request asks for more answers than are allowed."""
@@ -81,8 +84,10 @@ class ChatService:
         streams = [
             run_job(pool, index, job, index % per_prompt == 0, tally) for index, job in enumerate(jobs)
         ]
-        async for events in streams[0] if len(streams) == 1 else merge(streams):
-            yield events
+        # Closed here, not by the garbage collector: a client that left frees its slot now.
+        async with aclosing(streams[0] if len(streams) == 1 else merge(streams)) as stream:
+            async for events in stream:
+                yield events
         yield [Usage(tally.prompt_tokens, tally.cached_tokens, tally.completion_tokens, 0)]
 
 
