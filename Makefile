@@ -17,8 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "Python 3.10 or later is needed; say which with: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "Can't make $(VENV): on Debian and Ubuntu install python3-venv first." >&2; rm -rf $(VENV); exit 1; }
-	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded,formats]' --group dev
+	@$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip && \
+	  $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded,formats]' --group dev || \
+	  { echo "The packages could not be installed: is the package index reachable? PIP_INDEX_URL names a mirror." >&2; exit 1; }
 	@touch $@
 
 install: $(STAMP)  ## client, server, embedded engine and development tools into .venv
