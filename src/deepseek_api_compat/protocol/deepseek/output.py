@@ -1,0 +1,43 @@
+"""The output parser of each DeepSeek format, by the format's name."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+from deepseek_api_compat.protocol.deepseek.output_markers import V3, V31, MarkerParser
+
+_LAYOUTS = {"v3": V3, "v3-tools": V3, "r1": V3, "v3.1": V31}
+FORMATS = tuple(_LAYOUTS)
+
+
+def call_id() -> str:
+    """A new tool call's id, impossible to guess."""
+    return f"call_{secrets.token_hex(12)}"
+
+
+def parser(
+    format: str,
+    *,
+    start: str,
+    tools_declared: bool,
+    tools: list[str],
+    index: int = 0,
+    new_id: Callable[[], str] = call_id,
+) -> MarkerParser:
+    """The parser of one choice; one of `FORMATS`, else ValueError.
+
+    start: where the prompt left off: "content" or "reasoning", or either with "_continuation".
+    tools: names of the declared tools. Calls of others are reported too: the client decides.
+    """
+    if format not in _LAYOUTS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}.")
+    if start.removesuffix("_continuation") not in ("content", "reasoning"):
+        raise ValueError(f"start must be content or reasoning, not {start!r}.")
+    return MarkerParser(
+        _LAYOUTS[format],
+        reasoning=start.startswith("reasoning"),
+        tools_declared=tools_declared,
+        index=index,
+        new_id=new_id,
+    )
