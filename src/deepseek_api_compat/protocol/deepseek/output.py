@@ -5,10 +5,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 
+from deepseek_api_compat.protocol.deepseek.output_dsml import DsmlParser
 from deepseek_api_compat.protocol.deepseek.output_markers import V3, V31, MarkerParser
 
 _LAYOUTS = {"v3": V3, "v3-tools": V3, "r1": V3, "v3.1": V31}
-FORMATS = tuple(_LAYOUTS)
+_DSML = ("v3.2", "v4", "v4.1")
+FORMATS = (*_LAYOUTS, *_DSML)
 
 
 def call_id() -> str:
@@ -30,10 +32,22 @@ def parser(
     start: where the prompt left off: "content" or "reasoning", or either with "_continuation".
     tools: names of the declared tools. Calls of others are reported too: the client decides.
     """
-    if format not in _LAYOUTS:
+    if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}.")
-    if start.removesuffix("_continuation") not in ("content", "reasoning"):
+    if start.removesuffix("_continuation") not in ("content", "reasoning", "tool_calls"):
         raise ValueError(f"start must be content or reasoning, not {start!r}.")
+    if format in _DSML:
+        parser = DsmlParser(
+            trim=format != "v3.2",
+            continued=start.endswith("_continuation"),
+            reasoning=start.startswith("reasoning"),
+            tools_declared=tools_declared,
+            index=index,
+            new_id=new_id,
+        )
+        if start == "tool_calls":
+            parser.in_block()
+        return parser
     return MarkerParser(
         _LAYOUTS[format],
         reasoning=start.startswith("reasoning"),

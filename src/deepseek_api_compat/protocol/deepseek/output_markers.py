@@ -20,7 +20,7 @@ CALLS, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 SEP = "<｜tool▁sep｜>"
 
-_HEADER_LIMIT = 512  # characters; the longest name OpenAI allows has 64
+HEADER_LIMIT = 512  # characters; the longest name OpenAI allows has 64
 _IN_STRING = re.compile(r'["\\]')
 
 
@@ -154,7 +154,7 @@ class MarkerParser:
             self._state = self._content
             return True
         header = self._layout.header.match(rest)
-        if header and header.end() <= _HEADER_LIMIT:
+        if header and header.end() <= HEADER_LIMIT:
             self._held = rest[header.end() :]
             call_id, name = self._new_id(), header[1].strip()
             self._events.append(ToolCall(self._index, self._calls, call_id, name))
@@ -164,7 +164,7 @@ class MarkerParser:
             self._state = self._arguments
             return True
         begun = rest.startswith(CALL) or CALL.startswith(rest) or CALLS_END.startswith(rest)
-        if not self._last and (EOS.startswith(rest) or (begun and len(rest) < _HEADER_LIMIT)):
+        if not self._last and (EOS.startswith(rest) or (begun and len(rest) < HEADER_LIMIT)):
             return False
         if after and not rest and self._complete:  # only framing is left after the last call
             self._held = ""
