@@ -163,7 +163,7 @@ class MarkerParser:
             self._logprobs = []
             self._state = self._arguments
             return True
-        begun = rest.startswith(CALL) or CALL.startswith(rest) or CALLS_END.startswith(rest)
+        begun = rest.startswith(CALL) or any(mark.startswith(rest) for mark in (CALL, CALLS_END, CALLS))
         if not self._last and (EOS.startswith(rest) or (begun and len(rest) < HEADER_LIMIT)):
             return False
         if after and not rest and self._complete:  # only framing is left after the last call
@@ -172,7 +172,7 @@ class MarkerParser:
         if self._held:
             # Past the marker, so that it isn't found again; the rest may hold another block.
             marker = len(self._held) - len(after)
-            self._text(self._take(marker or len(after) - len(rest) + bool(rest)))
+            self._text(self._take(marker or len(after) - len(rest) + (not rest.startswith(CALLS))))
         self._state = self._content
         return True
 
