@@ -22,6 +22,7 @@ COMMANDS = {
     "engines": "show the engines of the running service",
     "chat": "talk to a running service",
     "render": "turn requests into DeepSeek prompts (JSON lines)",
+    "parse": "turn DeepSeek output into messages (JSON lines)",
     "version": "print the version",
 }
 
