@@ -122,7 +122,7 @@ def _reason(log: str, wheel: Wheel) -> str:
     if "No matching distribution" in log:
         return (
             f"The package index does not have {what}, or gave no answer; check the network, or set "
-            "PIP_INDEX_URL to an index that has it (https://pypi.org/simple)."
+            "PIP_INDEX_URL to an index that has it."
         )
     errors = [line.strip() for line in log.splitlines() if line.startswith("ERROR")] or log.split("\n")[-2:-1]
     return f"pip could not fetch {what}: {errors[-1].rstrip('.') if errors else 'it said nothing'}."
