@@ -35,6 +35,9 @@ class ChatService:
 
     async def chat(self, pool: ModelPool, request: ChatRequest, tally: Tally) -> Events:
         """Events of all choices; one Usage event comes last."""
+        if request.tool_choice not in (None, "auto", "none"):
+            # Not yet enforced by a grammar, and a forced call that does not come is worse than a refusal.
+            raise InvalidRequest(f"{pool.name} can't be forced to call a tool yet.", param="tool_choice")
         info = await pool.info()
         engine = await pool.engine()
         ids = await prompt_ids(engine, info, request.messages, request.tools)
