@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deepseek_api_compat.errors import ModelError
 from deepseek_api_compat.models import catalogue, prepared
-from deepseek_api_compat.protocol.deepseek.segments import Segment
+from deepseek_api_compat.protocol.segment import Segment
 from deepseek_api_compat.protocol.tokenizer import Tokenizer
 
 # The vocabulary ends at 128814 (V3); engines pad it to 129280 and may well sample an id of the padding.

@@ -6,12 +6,13 @@ Two kinds of engine stand behind it. A *token engine* takes prompt ids and gives
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from deepseek_api_compat.protocol.job import Job, Piece
+from deepseek_api_compat.protocol.segment import Segment
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -34,6 +35,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     context: tokens that one request may use, prompt and answer together.
     slots: requests that it generates for at the same time.
     chat_template: Jinja source, or None. bos/eos: the text of those tokens ("" if none).
+    controls: ids of the control tokens, by spelling. format: how the model's prompts are written, as its
+    files say ("v3.1", ..., or "template").
     """
 
     context: int
@@ -41,6 +44,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     chat_template: str | None = None
     bos: str = ""
     eos: str = ""
+    controls: dict[str, int] = {}
+    format: str = "template"
 
 
 class TokenEngine(Protocol):
@@ -54,6 +59,14 @@ class TokenEngine(Protocol):
 
     async def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Token ids of `text`, no BOS added; `special`: spellings of control tokens become those tokens."""
+        ...
+
+    async def encode(self, segments: Sequence[Segment]) -> list[int]:
+        """Token ids of a prompt: special segments as their control tokens, all other text as text.
+
+        Text between two control tokens is encoded as one. Raises ModelError for a control token that the
+        model doesn't have.
+        """
         ...
 
     async def detokenize(self, ids: list[int]) -> str: ...

@@ -11,7 +11,8 @@ Two things that llama.cpp keeps to itself are found out here:
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +24,9 @@ from deepseek_api_compat.engines.base import Endpoint, ModelInfo, TokenEngine
 from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.engines.process import ManagedProcess
 from deepseek_api_compat.engines.upstream import Upstream
-from deepseek_api_compat.errors import ConfigError, EngineFailed, InvalidRequest
+from deepseek_api_compat.errors import ConfigError, EngineFailed, InvalidRequest, ModelError
 from deepseek_api_compat.protocol.job import Job, Piece
+from deepseek_api_compat.protocol.segment import Segment
 
 T = TypeVar("T")
 
@@ -49,6 +51,7 @@ class LlamaCpp:
         self, endpoint: Endpoint, *, connect_timeout: float = 5.0, read_timeout: float = 600.0
     ) -> None:
         self._upstream = Upstream(endpoint, connect_timeout=connect_timeout, read_timeout=read_timeout)
+        self._controls: dict[str, int] = {}
         self._spellings: dict[str, list[int]] = {}
         self._schemas: dict[bytes, bool] = {}
 
@@ -68,6 +71,27 @@ class LlamaCpp:
     async def tokenize(self, text: str, *, special: bool) -> list[int]:
         body = {"content": text, "parse_special": special, "add_special": False}
         return (await self._post("/tokenize", body, wire.Tokens)).tokens
+
+    async def encode(self, segments: Sequence[Segment]) -> list[int]:
+        # One call for all: the server takes ids and texts mixed.
+        parts: list[int | str] = []
+        for special, run in groupby(segments, key=lambda segment: segment.special):
+            if special:
+                parts += [await self._control(segment.text) for segment in run]
+            else:
+                parts.append("".join(segment.text for segment in run))
+        body = {"content": parts, "parse_special": False, "add_special": False}
+        return (await self._post("/tokenize", body, wire.Tokens)).tokens if parts else []
+
+    async def _control(self, spelling: str) -> int:
+        """The id of a control token. Raises ModelError if the model has none of that spelling."""
+        id = self._controls.get(spelling)
+        if id is None:
+            ids = await self.tokenize(spelling, special=True)
+            if len(ids) != 1 or ids == await self.tokenize(spelling, special=False):
+                raise ModelError(f"The model has no control token {spelling}; is its format another one?")
+            id = self._controls[spelling] = ids[0]
+        return id
 
     async def detokenize(self, ids: list[int]) -> str:
         return (await self._post("/detokenize", {"tokens": ids}, wire.Content)).content

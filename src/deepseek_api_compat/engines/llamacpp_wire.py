@@ -66,6 +66,8 @@ def completion_body(job: Job) -> dict[str, Any]:
         for token, times in Counter(job.prompt_ids).items():
             bias[token] = bias.get(token, 0.0) + times * sampling.frequency_penalty
     body["logit_bias"] = list(bias.items())
+    if job.markers:
+        body["preserved_tokens"] = job.markers
     if job.top_logprobs is not None:
         body["n_probs"] = max(1, job.top_logprobs)  # 0 means no logprobs at all
     if job.grammar is not None:

@@ -35,6 +35,7 @@ class Job(msgspec.Struct, frozen=True):
     prompt_ids: the whole prompt, as the engine's own token ids.
     max_tokens: upper bound on generated tokens, already clamped to the context that is left.
     stop: strings that end the answer and are not part of it.
+    markers: control tokens, spelled out, that must show in the text of the answer; others are left out.
     top_logprobs: None for no logprobs, else how many alternatives per token (0 to 20).
     """
 
@@ -44,6 +45,7 @@ class Job(msgspec.Struct, frozen=True):
     stop: tuple[str, ...] = ()
     grammar: Grammar | None = None
     top_logprobs: int | None = None
+    markers: tuple[str, ...] = ()
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

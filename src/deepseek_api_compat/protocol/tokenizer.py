@@ -11,7 +11,7 @@ from itertools import chain, groupby
 from pathlib import Path
 
 from deepseek_api_compat.errors import ModelError
-from deepseek_api_compat.protocol.deepseek.segments import Segment
+from deepseek_api_compat.protocol.segment import Segment
 
 # V4's file has a placeholder where V4.1 has its system token.
 V41_TOKENS: Mapping[int, str] = {128799: "<｜System｜>"}

@@ -12,8 +12,9 @@ import pytest
 
 from deepseek_api_compat.errors import InvalidRequest
 from deepseek_api_compat.protocol.deepseek import render
-from deepseek_api_compat.protocol.deepseek.segments import USER, Segment
+from deepseek_api_compat.protocol.deepseek.segments import USER
 from deepseek_api_compat.protocol.openai import DecodeLimits, decode_chat, decode_completion
+from deepseek_api_compat.protocol.segment import Segment
 from deepseek_api_compat.protocol.tokenizer import Tokenizer
 
 Record = dict[str, Any]

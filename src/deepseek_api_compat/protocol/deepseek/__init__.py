@@ -12,8 +12,8 @@ from typing import Any
 from deepseek_api_compat.errors import InvalidRequest
 from deepseek_api_compat.protocol.deepseek import prompt_v3, prompt_v4, prompt_v31, prompt_v32
 from deepseek_api_compat.protocol.deepseek.conversation import conversation
-from deepseek_api_compat.protocol.deepseek.segments import Segment
 from deepseek_api_compat.protocol.openai import ChatRequest, CompletionRequest
+from deepseek_api_compat.protocol.segment import Segment
 
 __all__ = ["FORMATS", "Segment", "render"]
 

@@ -20,10 +20,10 @@ from deepseek_api_compat.protocol.deepseek.segments import (
     THINK,
     THINK_END,
     USER,
-    Segment,
     given,
     written,
 )
+from deepseek_api_compat.protocol.segment import Segment
 
 
 def v31(conversation: Conversation) -> Iterator[Segment]:

@@ -17,10 +17,10 @@ from deepseek_api_compat.protocol.deepseek.segments import (
     THINK,
     THINK_END,
     USER,
-    Segment,
     given,
     written,
 )
+from deepseek_api_compat.protocol.segment import Segment
 
 _ASKING = ("user", "developer")
 

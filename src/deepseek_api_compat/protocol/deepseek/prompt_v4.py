@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 
 from deepseek_api_compat.errors import InvalidRequest
-from deepseek_api_compat.protocol.deepseek.segments import Segment
 from deepseek_api_compat.protocol.openai import ChatRequest, Message, text_of
+from deepseek_api_compat.protocol.segment import Segment
 
 _MODELS = {"v4": "DeepSeek-V4-Pro", "v4.1": "DeepSeek-V4.1-Flash"}  # the recipe's names
 _FIELDS = ("tool_choice", "response_format", "reasoning_effort")

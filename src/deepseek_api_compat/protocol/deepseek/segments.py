@@ -1,13 +1,10 @@
-"""A prompt as a list of segments: control tokens, and text between them.
-
-Only what this package writes itself becomes a control token. Text from a request stays text, whatever it
-spells, so that no message can close its own turn or open another's.
-"""
+"""DeepSeek's control tokens, and prompts written with them."""
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+
+from deepseek_api_compat.protocol.segment import Segment
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -29,13 +26,6 @@ FIM_HOLE = "<｜fim▁hole｜>"
 FIM_END = "<｜fim▁end｜>"
 
 _CONTROL = re.compile(r"(<｜[^<>｜]+｜>|</?think>)")
-
-
-class Segment(NamedTuple):
-    """A piece of a prompt; `special` where it is one control token, spelled out."""
-
-    text: str
-    special: bool
 
 
 def given(text: str) -> Segment:

@@ -18,10 +18,10 @@ from deepseek_api_compat.protocol.deepseek.segments import (
     SEP,
     THINK,
     THINK_END,
-    Segment,
     given,
     written,
 )
+from deepseek_api_compat.protocol.segment import Segment
 
 Functions = Sequence[dict[str, Any]]
 
