@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from deepseek_api_compat.errors import EngineFailed
 from deepseek_api_compat.protocol.events import Event, Finish, Text
 from deepseek_api_compat.protocol.job import Piece, TokenLogprob
-from deepseek_api_compat.protocol.output import OutputParser
+from deepseek_api_compat.protocol.output import OutputParser, Parser
 
 
 def parse(pieces: list[Piece], index: int = 0) -> list[Event]:
@@ -39,6 +39,12 @@ def test_an_answer_that_just_ends_is_a_fault() -> None:
     parser.feed(Piece([1], "half an ans"))
     with pytest.raises(EngineFailed, match="without saying why"):
         parser.close()
+
+
+def test_plain_output_is_never_reasoning() -> None:
+    parser: Parser = OutputParser()
+    parser.feed(Piece([1], "<think>"))
+    assert not parser.thinking
 
 
 @given(st.lists(st.text()), st.sampled_from(["stop", "length"]))

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from deepseek_api_compat.errors import EngineFailed
 from deepseek_api_compat.protocol.events import Event, Finish, Text
 from deepseek_api_compat.protocol.job import Piece
 
 
-class OutputParser:
-    """Parser of the plain format: all output is the answer's text. One parser per choice.
+class Parser(Protocol):
+    """Reads the output of one choice. Events add up to the same answer whatever the split of the output."""
 
-    Every split of the same output gives events that add up to the same answer.
-    """
+    @property
+    def thinking(self) -> bool:
+        """Is what comes next reasoning, as far as is known?"""
+
+    def feed(self, piece: Piece) -> list[Event]:
+        """Events of one piece; `Finish` comes with the piece that has `finish`, and nothing after it."""
+
+    def close(self) -> list[Event]:
+        """What was held back until the end. Raises EngineFailed if no piece had `finish`."""
+
+
+class OutputParser:
+    """Parser of the plain format: all output is the answer's text."""
+
+    thinking = False
 
     def __init__(self, index: int = 0) -> None:
         self._index = index
