@@ -25,7 +25,8 @@ from deepseek_api_compat.errors import (
     EngineUnavailable,
     InvalidRequest,
 )
-from deepseek_api_compat.protocol.job import Grammar, Job, Piece, Sampling
+from deepseek_api_compat.protocol.grammar import Json
+from deepseek_api_compat.protocol.job import Job, Piece, Sampling
 from fakes.http_server import HttpServer, Script, answering, chunked, ok
 
 GREEDY = Sampling(temperature=0.0)
@@ -189,33 +190,21 @@ async def test_logprobs(engine: LlamaCpp, top: int) -> None:
 @pytest.mark.embedded
 async def test_schema_is_enforced(engine: LlamaCpp) -> None:
     prompt = await chat(engine, "Who are you?")
-    pieces = await run(engine, Job(prompt, 60, GREEDY, grammar=Grammar(NAME)))
+    pieces = await run(engine, Job(prompt, 60, GREEDY, grammar=Json(NAME)))
     assert set(json.loads(text(pieces))) == {"name"}
     assert pieces[-1].finish == "stop"
-    constant = await run(engine, Job(prompt, 60, GREEDY, grammar=Grammar({"const": {"a": [1, None]}})))
+    constant = await run(engine, Job(prompt, 60, GREEDY, grammar=Json({"const": {"a": [1, None]}})))
     assert text(constant) == '{"a": [1, null]}'
 
 
 @pytest.mark.embedded
 @pytest.mark.parametrize(
-    "schema", [{"type": "nonsense"}, {"not": {}}, {"$ref": "#/none"}, {"type": "string", "pattern": "("}]
+    "schema", [{"type": "nonsense"}, {"not": {}}, {"allOf": [{"type": "string"}, {"type": "null"}]}]
 )
 async def test_schema_that_the_engine_does_not_know(engine: LlamaCpp, schema: dict[str, object]) -> None:
     for _ in range(2):
-        with pytest.raises(InvalidRequest, match="can't be enforced") as caught:
-            await run(engine, Job([1, 2, 3], 5, grammar=Grammar(schema)))
-        assert caught.value.param == "response_format"
-
-
-@pytest.mark.embedded
-async def test_schema_too_deep(engine: LlamaCpp) -> None:
-    schema: dict[str, object] = {}
-    for _ in range(100_000):
-        schema = {"items": schema}
-    with pytest.raises(InvalidRequest, match="nested too deeply"):
-        await run(engine, Job([1], 5, grammar=Grammar(schema)))
-    while schema:  # its destructor would recurse
-        schema = schema.pop("items")  # type: ignore[assignment]
+        with pytest.raises(InvalidRequest, match="can't be enforced"):
+            await run(engine, Job([1, 2, 3], 5, grammar=Json(schema)))
 
 
 @pytest.mark.embedded

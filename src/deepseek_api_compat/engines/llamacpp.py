@@ -4,27 +4,30 @@ Two things that llama.cpp keeps to itself are found out here:
 
 - The bytes of a character that spans several tokens come with the last of them, and only that one is
   named; the others' ids are found by tokenising the text (their logprobs stay unknown).
-- A schema that its grammar compiler (llguidance) refuses is only logged, and the answer is then not
-  constrained at all. So each new schema is tried once: see `_check_schema`.
+- A grammar that its compiler (llguidance) refuses is only logged, and the answer is then not constrained
+  at all. So each new grammar is tried once: see `_check_grammar`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from deepseek_api_compat.config import EngineSettings
 from deepseek_api_compat.engines import llamacpp_wire as wire
+from deepseek_api_compat.engines import llguidance
 from deepseek_api_compat.engines.base import Endpoint, ModelInfo, TokenEngine
 from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.engines.process import ManagedProcess
 from deepseek_api_compat.engines.upstream import Upstream
 from deepseek_api_compat.errors import ConfigError, EngineFailed, InvalidRequest, ModelError
+from deepseek_api_compat.protocol.grammar import Grammar
 from deepseek_api_compat.protocol.job import Job, Piece
 from deepseek_api_compat.protocol.segment import Segment
 
@@ -32,12 +35,7 @@ T = TypeVar("T")
 
 SOCKET_PATH_MAX = 103  # bytes; Linux takes 107, macOS and BSD 103
 READY_TIMEOUT = 600.0  # seconds for loading; hundreds of GB from a disk take minutes
-REMEMBERED = 4096  # spellings and schemas kept
-
-# llama.cpp unrolls what a schema repeats: at 100 million items it takes all memory there is.
-MOST_REPEATS = 10_000
-_REPEATS = frozenset({"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"})
-_NOT_JSON = ")"  # no JSON text begins with it
+REMEMBERED = 4096  # spellings and grammars kept
 
 
 class LlamaCpp:
@@ -53,7 +51,8 @@ class LlamaCpp:
         self._upstream = Upstream(endpoint, connect_timeout=connect_timeout, read_timeout=read_timeout)
         self._controls: dict[str, int] = {}
         self._spellings: dict[str, list[int]] = {}
-        self._schemas: dict[bytes, bool] = {}
+        self._lacking: set[str] = set()  # control tokens that the model has not
+        self._grammars: dict[bytes, bool] = {}
 
     async def info(self) -> ModelInfo:
         status, body = await self._upstream.fetch("GET", "/props")
@@ -104,9 +103,11 @@ class LlamaCpp:
         await self._upstream.close()
 
     async def stream(self, job: Job) -> AsyncGenerator[list[Piece], None]:
-        body = wire.completion_body(job)
+        controls: dict[str, int] = {}
         if job.grammar is not None:
-            await self._check_schema(body["json_schema"], job.prompt_ids)
+            controls = await self._grammar_controls(job.grammar)
+            await self._check_grammar(job, controls)
+        body = wire.completion_body(job, controls)
         response = await self._upstream.request("POST", "/completion", msgspec.json.encode(body))
         try:
             if response.status != 200:
@@ -141,31 +142,40 @@ class LlamaCpp:
             ids = self._spellings[text] = await self.tokenize(text, special=False)
         return ids[-count:]
 
-    async def _check_schema(self, schema: dict[str, Any], prompt_ids: list[int]) -> None:
-        """Raises InvalidRequest unless the engine enforces `schema`.
+    async def _grammar_controls(self, grammar: Grammar) -> dict[str, int]:
+        """The ids of those control tokens of the grammar that the model has."""
+        found = {}
+        for spelling in llguidance.spellings(grammar) - self._lacking:
+            try:
+                found[spelling] = await self._control(spelling)
+            except ModelError:
+                self._lacking.add(spelling)
+        return found
 
-        It is asked for one token, with a bias towards one that begins no JSON text: a compiled grammar
-        can't be talked into it.
+    async def _check_grammar(self, job: Job, controls: dict[str, int]) -> None:
+        """Raises InvalidRequest unless the engine enforces the job's grammar.
+
+        It is asked for one token of the same grammar behind a bracket, with a bias towards another token: a
+        compiled grammar can't be talked into it.
         """
-        try:
-            key = msgspec.json.encode(schema)
-            most = max(_counts(schema), default=0)
-        except RecursionError:
-            raise _bad_schema("it is nested too deeply") from None
-        if most > MOST_REPEATS:
-            raise _bad_schema(f"it has a count over {MOST_REPEATS}")
-        enforced = self._schemas.get(key)
+        assert job.grammar is not None
+        probe = llguidance.lark(job.grammar, controls, lead="[")
+        key = hashlib.sha256(probe.encode()).digest()
+        enforced = self._grammars.get(key)
         if enforced is None:
-            bait = (await self.tokenize(_NOT_JSON, special=False))[-1]
-            body = wire.completion_body(Job(prompt_ids=prompt_ids[:1], max_tokens=1))
+            bait = (await self.tokenize(")", special=False))[-1]
+            body = wire.completion_body(Job(prompt_ids=job.prompt_ids[:1], max_tokens=1))
             body |= {"stream": False, "cache_prompt": False, "temperature": 0.0}
-            body |= {"json_schema": schema, "logit_bias": [[bait, 100.0]]}
+            body |= {"grammar": probe, "logit_bias": [[bait, 100.0]]}
             enforced = (await self._post("/completion", body, wire.Tokens)).tokens != [bait]
-            if len(self._schemas) >= REMEMBERED:
-                self._schemas.clear()
-            self._schemas[key] = enforced
+            if len(self._grammars) >= REMEMBERED:
+                self._grammars.clear()
+            self._grammars[key] = enforced
         if not enforced:
-            raise _bad_schema("it is invalid, unsatisfiable, or uses keywords the engine doesn't know")
+            raise InvalidRequest(
+                "The JSON schema of `response_format` or of a tool can't be enforced: no value matches it, "
+                "or it has a `pattern` that the engine doesn't know."
+            )
 
     async def _post(self, path: str, body: object, answer: type[T]) -> T:
         status, data = await self._upstream.fetch("POST", path, msgspec.json.encode(body))
@@ -230,20 +240,3 @@ def managed(
         start_timeout=READY_TIMEOUT,
         on_change=on_change,
     )
-
-
-def _counts(schema: Any) -> Iterator[float]:
-    """How often something may be repeated, wherever the schema says it."""
-    if isinstance(schema, dict):
-        for name, value in schema.items():
-            if name in _REPEATS and isinstance(value, (int, float)):
-                yield value
-            else:
-                yield from _counts(value)
-    elif isinstance(schema, list):
-        for item in schema:
-            yield from _counts(item)
-
-
-def _bad_schema(reason: str) -> InvalidRequest:
-    return InvalidRequest(f"The JSON schema can't be enforced: {reason}.", param="response_format")

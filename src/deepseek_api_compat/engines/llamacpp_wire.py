@@ -11,10 +11,12 @@ would forbid its own common words: the prompt's share is given back through logi
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
+from deepseek_api_compat.engines import llguidance
 from deepseek_api_compat.errors import (
     ApiError,
     ContextTooLong,
@@ -27,15 +29,16 @@ from deepseek_api_compat.protocol.job import Job, Piece, TokenLogprob
 T = TypeVar("T")
 
 _RANDOM_SEED = 0xFFFFFFFF  # llama.cpp takes this seed for "choose one"
-# One line, spaced as json.dumps does it. Where white space is free, small models never get past it.
-_GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # The last event would otherwise repeat the whole prompt.
 _FINAL_FIELDS = ["content", "tokens", "stop", "stop_type", "tokens_predicted", "tokens_evaluated"]
 _FINAL_FIELDS += ["timings/cache_n"]
 
 
-def completion_body(job: Job) -> dict[str, Any]:
-    """The request for a job: everything explicit, and neutral where OpenAI has no such parameter."""
+def completion_body(job: Job, controls: Mapping[str, int] = {}) -> dict[str, Any]:
+    """The request for a job: everything explicit, and neutral where OpenAI has no such parameter.
+
+    `controls`: the ids of the control tokens that its grammar may have.
+    """
     sampling = job.sampling
     penalties = bool(sampling.presence_penalty or sampling.frequency_penalty)
     body: dict[str, Any] = {
@@ -71,7 +74,7 @@ def completion_body(job: Job) -> dict[str, Any]:
     if job.top_logprobs is not None:
         body["n_probs"] = max(1, job.top_logprobs)  # 0 means no logprobs at all
     if job.grammar is not None:
-        body["json_schema"] = {**job.grammar.schema, "x-guidance": _GUIDANCE}
+        body["grammar"] = llguidance.lark(job.grammar, controls)
     return body
 
 

@@ -7,9 +7,9 @@ lets an answer go on at another engine.
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
+
+from deepseek_api_compat.protocol.grammar import Grammar
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -23,18 +23,13 @@ class Sampling(msgspec.Struct, frozen=True):
     logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
 
 
-class Grammar(msgspec.Struct, frozen=True):
-    """Output constraint: `schema` is a JSON Schema; the empty schema `{}` means any JSON value."""
-
-    schema: dict[str, Any]
-
-
 class Job(msgspec.Struct, frozen=True):
     """One answer to generate.
 
     prompt_ids: the whole prompt, as the engine's own token ids.
     max_tokens: upper bound on generated tokens, already clamped to the context that is left.
     stop: strings that end the answer and are not part of it.
+    grammar: what the whole answer must look like; None for any text.
     markers: control tokens, spelled out, that must show in the text of the answer; others are left out.
     top_logprobs: None for no logprobs, else how many alternatives per token (0 to 20).
     """
