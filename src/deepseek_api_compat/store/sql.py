@@ -1,28 +1,18 @@
-"""Keys in SQL: SQLite in WAL mode in the data directory, or any database that a URL names.
-
-Alembic owns the schema. Importing it costs more than everything else a start does here, so it is imported
-only when the database is not at `HEAD`.
-"""
+"""Keys in SQL: SQLite in WAL mode in the data directory, or any database that a URL names."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
 
-from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.store.base import KeyRecord
-from deepseek_api_compat.store.datadir import reason
+from deepseek_api_compat.store.database import Schema, one_sentence, open_database
 
 DATABASE = "deepseek.db"
 HEAD = "0001"
-BUSY_TIMEOUT = 10.0  # seconds that a writer waits for another process
 
 metadata = sa.MetaData()
 
@@ -81,7 +71,7 @@ class SqlStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
-        with _one_sentence(self._engine), self._engine.begin() as connection:
+        with one_sentence(self._engine), self._engine.begin() as connection:
             yield connection
 
 
@@ -90,93 +80,8 @@ def open_store(data_dir: Path, url: str | None = None) -> SqlStore:
 
     `url` is an SQLAlchemy URL; without it the store is `DATABASE` in `data_dir`, readable by its owner only.
     """
-    engine = sa.create_engine(url) if url else _sqlite(data_dir / DATABASE)
-    try:
-        with _locked(data_dir), _one_sentence(engine):
-            if _revision(engine) != HEAD:
-                _upgrade(engine)
-    except BaseException:
-        engine.dispose()
-        raise
-    return SqlStore(engine)
-
-
-def _sqlite(path: Path) -> sa.Engine:
-    try:
-        # The -wal and -shm files inherit this mode. Never reopened if it exists: closing a second descriptor
-        # would drop the locks that this process has on the database.
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise SetupError(f"Can't create the database {path}: {reason(error)}.") from None
-    engine = sa.create_engine(
-        sa.URL.create("sqlite", database=str(path)),
-        connect_args={"timeout": BUSY_TIMEOUT, "isolation_level": None},
-    )
-    # The driver begins no transaction before DDL, and a half-made schema could never be opened again.
-    sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
-    return engine
-
-
-@contextmanager
-def _locked(data_dir: Path) -> Iterator[None]:
-    """One process at a time looks at the schema and changes it."""
-    with ExitStack() as stack:
-        try:
-            descriptor = os.open(data_dir, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            raise SetupError(f"Can't lock the data directory {data_dir}: {reason(error)}.") from None
-        yield
-
-
-def _revision(engine: sa.Engine) -> str | None:
-    with engine.connect() as connection:
-        if not sa.inspect(connection).has_table("alembic_version"):
-            return None
-        return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
-
-
-def _upgrade(engine: sa.Engine) -> None:
-    from deepseek_api_compat.store.migrations import upgrade
-
-    if engine.dialect.name == "sqlite":
-        connection = engine.raw_connection()
-        try:
-            # Not allowed in a transaction; the file remembers it.
-            connection.cursor().execute("PRAGMA journal_mode=WAL")
-        finally:
-            connection.close()
-    with engine.begin() as transaction:
-        upgrade(transaction)
-
-
-@contextmanager
-def _one_sentence(engine: sa.Engine) -> Iterator[None]:
-    try:
-        yield
-    except (DBAPIError, sqlite3.Error) as error:
-        cause = error.orig if isinstance(error, DBAPIError) else error
-        where = engine.url.database if engine.dialect.name == "sqlite" else engine.url.render_as_string()
-        raise SetupError(f"The database {where} {_fault(str(cause))}.") from None
-
-
-_FAULTS = {
-    "is full": "can't grow: no space left on the disk",
-    "readonly": "can't be written: permission denied",
-    "unable to open": "can't be opened: permission denied, or the disk is full",
-    "not a database": "is damaged: restore it from a backup, or remove it to begin anew",
-    "malformed": "is damaged: restore it from a backup, or remove it to begin anew",
-    "locked": "is busy: another process has been writing to it for too long",
-}
-
-
-def _fault(message: str) -> str:
-    """What SQLite's message means to an operator; another message as it is, in one line."""
-    known = (sentence for part, sentence in _FAULTS.items() if part in message)
-    return next(known, "failed: " + " ".join(message.split()).rstrip("."))
+    schema = Schema(HEAD, "alembic_version", "deepseek_api_compat.store.migrations")
+    return SqlStore(open_database(data_dir, DATABASE, url, schema))
 
 
 def _one(connection: sa.Connection, id: str) -> KeyRecord:
