@@ -126,7 +126,7 @@ def test_logprobs_are_aligned_with_the_text() -> None:
 @profiles
 def test_two_choices_interleaved(profile: Profile) -> None:
     first, second = told(OUTPUT, 0, logprobs=True), told("<think>hm</think>No city.", 1, logprobs=True)
-    groups: list[list[Event]] = []
+    groups = [second.pop(0)]  # whoever begins
     while first or second:
         groups += [side.pop(0) for side in (first, second) if side]
     streamed, whole = accumulated(groups, profile, n=2), collected(groups, n=2)

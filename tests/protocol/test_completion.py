@@ -114,7 +114,7 @@ def test_each_choice_gets_its_role_once() -> None:
     indexes = [
         choice["index"] for chunk in chunks(sse) for choice in chunk["choices"] if "role" in choice["delta"]
     ]
-    assert indexes == [1, 0]
+    assert indexes == [0, 1]
 
 
 def test_tool_call_deltas_carry_id_and_name_once() -> None:

@@ -139,8 +139,10 @@ class ChatStream(_Stream):
         return b"".join(out)
 
     def _begin(self, index: int, out: list[bytes]) -> bytes:
-        head = self._heads[index] = b'%b{"index":%d,"delta":' % (self._head, index)
-        out += (head, b'{"role":"assistant","content":""}', self._plain_tail)
+        # Those before it first: OpenAI's library adds up the choices in a list, in the order they begin.
+        for each in range(len(self._heads), index + 1):
+            head = self._heads[each] = b'%b{"index":%d,"delta":' % (self._head, each)
+            out += (head, b'{"role":"assistant","content":""}', self._plain_tail)
         return head
 
 
