@@ -177,6 +177,19 @@ def test_any_order_of_messages_is_rendered_whole_or_refused(
         assert [message["content"] for message in messages if message["content"] not in prompt] == []
 
 
+@pytest.mark.parametrize("format", FORMATS[-2:])
+def test_v4_tools_may_have_large_numbers(format: str) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 10**30}}}
+    tool = {"type": "function", "function": {"name": "count", "parameters": schema}}
+    assert '"maximum": 1e+30' in text(format, request(tools=[tool]))
+
+
+def test_v4_says_what_it_refuses() -> None:
+    with pytest.raises(InvalidRequest, match="V4 format: .*`weird`") as caught:
+        render("v4", None, request(reasoning_effort="weird"))
+    assert caught.value.param is None
+
+
 def test_v4_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepseek_recipe", None)
     with pytest.raises(InvalidRequest, match="v4 needs the package deepseek-recipe"):

@@ -28,9 +28,11 @@ def render(format: str, request: ChatRequest) -> list[Segment]:
             "install with: pip install 'deepseek-api-compat[formats]'."
         ) from None
     try:
-        converted = recipe.ChatCompletionRequest(_body(format, request)).convert(recipe.ConversionOptions())
+        # As JSON, because the recipe refuses integers of more than 64 bits in Python objects.
+        body = msgspec.json.encode(_body(format, request))
+        converted = recipe.ChatCompletionRequest(body).convert(recipe.ConversionOptions())
     except (recipe.ConversionError, ValueError) as error:
-        raise InvalidRequest(f"DeepSeek's {format.upper()} format: {error}", param="messages") from None
+        raise InvalidRequest(f"DeepSeek's {format.upper()} format: {error}") from None
     encoding = recipe.DeepseekV4Encoding() if format == "v4" else recipe.DeepseekV41Encoding()
     prompt = encoding.render_conversation(converted.conversation)
     return list(_segments(prompt.prompt, prompt.special_ranges))
