@@ -185,7 +185,7 @@ def test_v4_tools_may_have_large_numbers(format: str) -> None:
 
 
 def test_v4_says_what_it_refuses() -> None:
-    with pytest.raises(InvalidRequest, match="V4 format: .*`weird`") as caught:
+    with pytest.raises(InvalidRequest, match=r"V4 format: .*`weird`") as caught:
         render("v4", None, request(reasoning_effort="weird"))
     assert caught.value.param is None
 
