@@ -1,82 +1,90 @@
-"""`deepseek-api parse`: raw DeepSeek outputs as messages, a JSON line for each line of standard input."""
+"""`deepseek-api parse`: the messages that a model's raw outputs become, for debugging."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from deepseek_api_compat.cli.lines import answer_lines
+from deepseek_api_compat.errors import InvalidRequest
+from deepseek_api_compat.protocol.completion import ChatCollector
 from deepseek_api_compat.protocol.deepseek import output
-from deepseek_api_compat.protocol.events import Finish, Reasoning, Text, ToolCall
 from deepseek_api_compat.protocol.job import Piece
+from deepseek_api_compat.protocol.output import Parser
+from deepseek_api_compat.protocol.output_tags import TagParser
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_TEMPLATE = "template"
+_FORMATS = (*output.FORMATS, "v3-0324", _TEMPLATE)
+_DESCRIPTION = """\
+Reads JSON lines on standard input,
+  {"format": "v3.1", "output": "...", "start": "content", "tools_declared": true, "engine_finish": "stop"}
+where start says where the prompt left off, and writes one line for each:
+  {"content", "reasoning_content", "tool_calls", "finish_reason"}, or {"error": {...}}.
+With chunks, a list of strings, the output comes in these pieces; the answer must be the same."""
 
 
 class _Line(msgspec.Struct):
     format: str
     output: str
-    start: str
+    start: Literal[
+        "content", "reasoning", "either", "tool_calls", "content_continuation", "reasoning_continuation"
+    ]
     tools_declared: bool
-    engine_finish: str
-    tools: list[str] = []
+    engine_finish: Literal["stop", "length"]
+    tools: list[str] | None = None
     chunks: list[str] | None = None
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Add `parse`; it sets `run`, a function from the arguments to the exit code."""
-    command = subparsers.add_parser(
+    """Add `parse`, which sets `run`, a function from the arguments to the exit code."""
+    parser = subparsers.add_parser(
         "parse",
-        help="turn raw DeepSeek outputs into messages (JSON lines)",
-        description="Read JSON lines with format, output, start, tools_declared, tools, engine_finish and "
-        "chunks from standard input; write a message, or an error, for each.",
+        help="show the messages that raw outputs become",
+        description=_DESCRIPTION,
+        epilog=f"formats: {', '.join(_FORMATS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(run=_run)
+    parser.set_defaults(run=_run)
 
 
 def _run(_: argparse.Namespace) -> int:
-    for line in sys.stdin.buffer:
-        if line.strip():
-            sys.stdout.buffer.write(msgspec.json.encode(_answer(line)) + b"\n")
-            sys.stdout.buffer.flush()
-    return 0
+    return answer_lines(_Line, _message)
 
 
-def _answer(line: bytes) -> dict[str, Any]:
-    try:
-        given = msgspec.json.decode(line, type=_Line)
-        return message(given)
-    except (msgspec.MsgspecError, ValueError) as error:
-        return {"error": {"message": str(error), "type": "invalid_request_error"}}
-
-
-def message(given: _Line) -> dict[str, Any]:
-    """The message that one output becomes. Raises ValueError for an unknown format or start."""
-    parser = output.parser(
-        given.format, start=given.start, tools_declared=given.tools_declared, tools=given.tools
-    )
-    pieces = [Piece(text=text) for text in given.chunks or [given.output]]
-    events = [event for piece in [*pieces, Piece(finish=given.engine_finish)] for event in parser.feed(piece)]
-    content = reasoning = finish_reason = ""
-    calls: list[dict[str, Any]] = []
-    for event in [*events, *parser.close()]:
-        if isinstance(event, Text):
-            content += event.text
-        elif isinstance(event, Reasoning):
-            reasoning += event.text
-        elif isinstance(event, Finish):
-            finish_reason = event.reason
-        elif isinstance(event, ToolCall):
-            if event.id is not None:
-                function = {"name": event.name, "arguments": ""}
-                calls.append({"id": event.id, "type": "function", "function": function})
-            calls[event.call_index]["function"]["arguments"] += event.arguments
+def _message(given: _Line) -> dict[str, Any]:
+    parser = _parser(given)
+    collector = ChatCollector("", 0, "")
+    for text in [given.output] if given.chunks is None else given.chunks:
+        collector.feed(parser.feed(Piece(text=text)))
+    collector.feed(parser.feed(Piece(finish=given.engine_finish)))
+    collector.feed(parser.close())
+    choice = msgspec.json.decode(collector.response())["choices"][0]
+    message = choice["message"]
     return {
-        "content": content or None,
-        "reasoning_content": reasoning or None,
-        "tool_calls": calls,
-        "finish_reason": finish_reason,
+        "content": message["content"] or None,
+        "reasoning_content": message.get("reasoning_content"),
+        "tool_calls": message.get("tool_calls", []),
+        "finish_reason": choice["finish_reason"],
     }
+
+
+def _parser(given: _Line) -> Parser:
+    if given.format not in _FORMATS:
+        known = ", ".join(_FORMATS)
+        raise InvalidRequest(f"There is no format {given.format!r}; there are: {known}.", param="format")
+    try:
+        if given.format == _TEMPLATE:
+            return TagParser(start=given.start, tools_declared=given.tools_declared)
+        return output.parser(
+            given.format.removesuffix("-0324"),
+            start=given.start,
+            tools_declared=given.tools_declared,
+            tools=given.tools or [],
+        )
+    except ValueError as error:
+        raise InvalidRequest(f"The format {given.format}: {error}", param="start") from None
