@@ -8,9 +8,7 @@ import pytest
 
 from deepseek_api_compat.engines.llamacpp_wire import EventReader, completion_body, piece
 from deepseek_api_compat.errors import EngineFailed, InvalidRequest
-from deepseek_api_compat.protocol.grammar import Exactly
 from deepseek_api_compat.protocol.job import Job, Sampling
-from deepseek_api_compat.protocol.segment import Segment
 
 TOKEN = (
     b'data: {"index":0,"content":" \xc3\xa9t\xc3\xa9","tokens":[260],"stop":false,"id_slot":-1,'
@@ -70,7 +68,7 @@ def test_defaults_are_openai_s() -> None:
     assert body["samplers"] == ["penalties", "temperature", "top_p"]
     assert body["seed"] == -1
     assert body["logit_bias"] == []
-    assert not {"n_probs", "json_schema", "grammar"} & set(body)
+    assert not {"n_probs", "grammar"} & set(body)
 
 
 def test_frequency_penalty_spares_the_prompt() -> None:
@@ -84,12 +82,6 @@ def test_seed_never_means_random() -> None:
     for seed in (0, 0xFFFFFFFF, 2**63 - 1, -1):
         body = completion_body(Job(prompt_ids=[1], max_tokens=1, sampling=Sampling(seed=seed)))
         assert 0 <= body["seed"] < 0xFFFFFFFF
-
-
-def test_grammar_is_sent_as_lark() -> None:
-    grammar = Exactly((Segment("<a>", True), Segment("b", False)))
-    body = completion_body(Job(prompt_ids=[1], max_tokens=1, grammar=grammar), {"<a>": 7})
-    assert body["grammar"] == '%llguidance {}\nstart: <[7]> "b"\n'
 
 
 def test_an_event_takes_microseconds() -> None:

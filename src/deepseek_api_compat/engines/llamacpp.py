@@ -1,11 +1,13 @@
 """llama.cpp's HTTP server as a token engine, and as a managed process.
 
-Two things that llama.cpp keeps to itself are found out here:
+Three things that llama.cpp keeps to itself are found out here:
 
 - The bytes of a character that spans several tokens come with the last of them, and only that one is
   named; the others' ids are found by tokenising the text (their logprobs stay unknown).
 - A grammar that its compiler (llguidance) refuses is only logged, and the answer is then not constrained
-  at all. So each new grammar is tried once: see `_check_grammar`.
+  at all. So each new grammar is tried once: see `_try`.
+- It takes text that a grammar prescribes as control tokens where it spells them, and is then not constrained
+  any more: see `_lark`.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class LlamaCpp:
         self._controls: dict[str, int] = {}
         self._spellings: dict[str, list[int]] = {}
         self._lacking: set[str] = set()  # control tokens that the model has not
-        self._grammars: dict[bytes, bool] = {}
+        self._forcing: dict[bytes, bool] = {}  # by grammar
 
     async def info(self) -> ModelInfo:
         status, body = await self._upstream.fetch("GET", "/props")
@@ -103,11 +105,9 @@ class LlamaCpp:
         await self._upstream.close()
 
     async def stream(self, job: Job) -> AsyncGenerator[list[Piece], None]:
-        controls: dict[str, int] = {}
+        body = wire.completion_body(job)
         if job.grammar is not None:
-            controls = await self._grammar_controls(job.grammar)
-            await self._check_grammar(job, controls)
-        body = wire.completion_body(job, controls)
+            body["grammar"] = await self._lark(job, job.grammar)
         response = await self._upstream.request("POST", "/completion", msgspec.json.encode(body))
         try:
             if response.status != 200:
@@ -142,6 +142,20 @@ class LlamaCpp:
             ids = self._spellings[text] = await self.tokenize(text, special=False)
         return ids[-count:]
 
+    async def _lark(self, job: Job, grammar: Grammar) -> str:
+        """The grammar in the engine's words. Raises InvalidRequest unless the engine enforces it."""
+        controls = await self._grammar_controls(grammar)
+        text = llguidance.lark(grammar, controls)
+        key = hashlib.sha256(text.encode()).digest()
+        forcing = self._forcing.get(key)
+        if forcing is None:
+            forcing = not await self._spells_controls(llguidance.literals(grammar, controls))
+            await self._try(llguidance.lark(grammar, controls, lead="["), job.prompt_ids[:1])
+            if len(self._forcing) >= REMEMBERED:
+                self._forcing.clear()
+            self._forcing[key] = forcing
+        return text if forcing else llguidance.lark(grammar, controls, forcing=False)
+
     async def _grammar_controls(self, grammar: Grammar) -> dict[str, int]:
         """The ids of those control tokens of the grammar that the model has."""
         found = {}
@@ -152,26 +166,19 @@ class LlamaCpp:
                 self._lacking.add(spelling)
         return found
 
-    async def _check_grammar(self, job: Job, controls: dict[str, int]) -> None:
-        """Raises InvalidRequest unless the engine enforces the job's grammar.
+    async def _spells_controls(self, text: str) -> bool:
+        return await self.tokenize(text, special=True) != await self.tokenize(text, special=False)
 
-        It is asked for one token of the same grammar behind a bracket, with a bias towards another token: a
-        compiled grammar can't be talked into it.
+    async def _try(self, lark: str, prompt_ids: list[int]) -> None:
+        """Raises InvalidRequest unless the engine enforces a grammar, which must begin with `[`.
+
+        It is asked for one token, with a bias towards another: a compiled grammar can't be talked into it.
         """
-        assert job.grammar is not None
-        probe = llguidance.lark(job.grammar, controls, lead="[")
-        key = hashlib.sha256(probe.encode()).digest()
-        enforced = self._grammars.get(key)
-        if enforced is None:
-            bait = (await self.tokenize(")", special=False))[-1]
-            body = wire.completion_body(Job(prompt_ids=job.prompt_ids[:1], max_tokens=1))
-            body |= {"stream": False, "cache_prompt": False, "temperature": 0.0}
-            body |= {"grammar": probe, "logit_bias": [[bait, 100.0]]}
-            enforced = (await self._post("/completion", body, wire.Tokens)).tokens != [bait]
-            if len(self._grammars) >= REMEMBERED:
-                self._grammars.clear()
-            self._grammars[key] = enforced
-        if not enforced:
+        bait = (await self.tokenize(")", special=False))[-1]
+        body = wire.completion_body(Job(prompt_ids=prompt_ids, max_tokens=1))
+        body |= {"stream": False, "cache_prompt": False, "temperature": 0.0}
+        body |= {"grammar": lark, "logit_bias": [[bait, 100.0]]}
+        if (await self._post("/completion", body, wire.Tokens)).tokens == [bait]:
             raise InvalidRequest(
                 "The JSON schema of `response_format` or of a tool can't be enforced: no value matches it, "
                 "or it has a `pattern` that the engine doesn't know."

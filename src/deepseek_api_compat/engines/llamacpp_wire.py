@@ -11,12 +11,10 @@ would forbid its own common words: the prompt's share is given back through logi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
-from deepseek_api_compat.engines import llguidance
 from deepseek_api_compat.errors import (
     ApiError,
     ContextTooLong,
@@ -34,10 +32,9 @@ _FINAL_FIELDS = ["content", "tokens", "stop", "stop_type", "tokens_predicted", "
 _FINAL_FIELDS += ["timings/cache_n"]
 
 
-def completion_body(job: Job, controls: Mapping[str, int] = {}) -> dict[str, Any]:
-    """The request for a job: everything explicit, and neutral where OpenAI has no such parameter.
-
-    `controls`: the ids of the control tokens that its grammar may have.
+def completion_body(job: Job) -> dict[str, Any]:
+    """The request for a job, short of its grammar: everything explicit, and neutral where OpenAI has no such
+    parameter.
     """
     sampling = job.sampling
     penalties = bool(sampling.presence_penalty or sampling.frequency_penalty)
@@ -73,8 +70,6 @@ def completion_body(job: Job, controls: Mapping[str, int] = {}) -> dict[str, Any
         body["preserved_tokens"] = job.markers
     if job.top_logprobs is not None:
         body["n_probs"] = max(1, job.top_logprobs)  # 0 means no logprobs at all
-    if job.grammar is not None:
-        body["grammar"] = llguidance.lark(job.grammar, controls)
     return body
 
 

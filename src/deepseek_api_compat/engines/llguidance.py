@@ -24,7 +24,6 @@ from deepseek_api_compat.protocol.grammar import (
 )
 from deepseek_api_compat.protocol.segment import Segment
 
-HEADER = "%llguidance {}\n"
 # One line, spaced as json.dumps does it: where white space is free, small models never get past it.
 # `oneOf` as `anyOf`: only schemas for which that is the same come here.
 _GUIDANCE = {
@@ -36,15 +35,18 @@ _GUIDANCE = {
 _REGEX_SYNTAX = re.compile(r"[.^$*+?()\[\]{}|\\/]")
 
 
-def lark(grammar: Grammar, controls: Mapping[str, int], *, lead: str = "") -> str:
+def lark(grammar: Grammar, controls: Mapping[str, int], *, lead: str = "", forcing: bool = True) -> str:
     """The grammar's text; `lead` is a text in front of all that it allows.
 
-    `controls`: the ids of the model's control tokens. One that it lacks is matched as text.
+    controls: the ids of the model's control tokens. One that it lacks is matched as text.
+    forcing: where only one text may follow, its usual tokens are taken without asking the model. Right for
+    the model and quick, but llama.cpp takes control tokens where the text spells them: see `literals`.
     """
     writer = _Writer(controls)
     body = writer.rule(grammar)
     start = f"{_quoted(lead)} {body}" if lead else body
-    return "\n".join([f"{HEADER}start: {start}", *writer.lines, ""])
+    options = "{}" if forcing else '{"no_forcing": true}'
+    return "\n".join([f"%llguidance {options}", f"start: {start}", *writer.lines, ""])
 
 
 def spellings(grammar: Grammar) -> set[str]:
@@ -52,16 +54,37 @@ def spellings(grammar: Grammar) -> set[str]:
     return {segment.text for segment in _segments(grammar) if segment.special}
 
 
+def literals(grammar: Grammar, controls: Mapping[str, int]) -> str:
+    """All text that the grammar prescribes. A control token's spelling in it must not become that token."""
+    written = [segment.text for segment in _segments(grammar) if segment.text not in controls]
+    return "\n".join([*written, *(json.dumps(schema, ensure_ascii=False) for schema in _schemas(grammar))])
+
+
+def _schemas(grammar: Grammar) -> Iterator[dict[str, Any]]:
+    for part in _parts(grammar):
+        if isinstance(part, Json):
+            yield part.schema
+
+
 def _segments(grammar: Grammar) -> Iterator[Segment]:
-    if isinstance(grammar, Exactly):
-        yield from grammar.segments
-    elif isinstance(grammar, Until):
-        yield from grammar.marker
-    elif isinstance(grammar, (Seq, OneOf)):
-        for part in grammar.parts if isinstance(grammar, Seq) else grammar.options:
-            yield from _segments(part)
-    elif isinstance(grammar, Repeat):
-        yield from _segments(grammar.item)
+    for part in _parts(grammar):
+        if isinstance(part, Exactly):
+            yield from part.segments
+        elif isinstance(part, Until):
+            yield from part.marker
+
+
+def _parts(grammar: Grammar) -> Iterator[Grammar]:
+    """The grammar and all grammars in it."""
+    yield grammar
+    if isinstance(grammar, Seq):
+        inner = grammar.parts
+    elif isinstance(grammar, OneOf):
+        inner = grammar.options
+    else:
+        inner = (grammar.item,) if isinstance(grammar, Repeat) else ()
+    for part in inner:
+        yield from _parts(part)
 
 
 class _Writer:
@@ -122,9 +145,7 @@ class _Writer:
 
     def _named(self, kind: str, body: str) -> str:
         if body not in self._names:
-            self._names[body] = (
-                f"{kind}{len(self._names)}" if kind.islower() else f"{kind}_{len(self._names)}"
-            )
+            self._names[body] = f"{kind}_{len(self._names)}"
             self.lines.append(f"{self._names[body]}: {body}")
         return self._names[body]
 

@@ -88,6 +88,7 @@ class CallSyntax(Protocol):
     lead:     framing in front of a block of calls that begins the answer
     opening:  begins a block: the first text or token that can only be a call
     reserved: spellings that free text must not have, for the parser would read them as markup
+    in_thoughts: those of them that are markup in reasoning too
     usual:    most calls that are forced, where the request does not ask for parallel ones
     """
 
@@ -102,6 +103,8 @@ class CallSyntax(Protocol):
     @property
     def reserved(self) -> tuple[str, ...]: ...
     @property
+    def in_thoughts(self) -> tuple[str, ...]: ...
+    @property
     def usual(self) -> int: ...
 
     def call(self, function: Function) -> Grammar: ...
@@ -111,10 +114,12 @@ class GenericCalls:
     """`<tool_call>`, a JSON object with name and arguments, `</tool_call>`, each on a line of its own."""
 
     lead: tuple[Segment, ...] = ()
-    opening = (Segment("<tool_call>\n", False),)
-    between = (Segment("\n</tool_call>\n<tool_call>\n", False),)
-    closing = (Segment("\n</tool_call>", False),)
+    # Control tokens for some models, text for most.
+    opening = (Segment("<tool_call>", True), Segment("\n", False))
+    closing = (Segment("\n", False), Segment("</tool_call>", True))
+    between = (*closing, Segment("\n", False), *opening)
     reserved = ("<tool_call>",)
+    in_thoughts: tuple[str, ...] = ()
     usual = 1  # a model that was not trained for calls repeats the first one till it runs out of room
 
     def call(self, function: Function) -> Grammar:
@@ -141,7 +146,7 @@ def constraint(request: ChatRequest, syntax: CallSyntax, start: str) -> Grammar 
     answer = _answer(request, syntax, start)
     if answer is None:
         return None
-    thought = Until(THINK_END, tuple(segment.text for segment in THINK_END) + syntax.reserved)
+    thought = Until(THINK_END, (THINK_END[0].text, *syntax.in_thoughts))
     if start.startswith("reasoning"):
         return Seq((thought, answer))
     if start == "either":

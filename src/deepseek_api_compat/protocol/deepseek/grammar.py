@@ -51,6 +51,7 @@ class MarkerCalls:
         self.between = _markup(between)
         self.closing = _markup(CALLS_END)
         self.reserved = (CALLS_BEGIN,)
+        self.in_thoughts: tuple[str, ...] = ()
         self.usual = MOST_CALLS
 
     def call(self, function: Function) -> Grammar:
@@ -75,7 +76,7 @@ class DsmlCalls:
         self.opening = _markup(f"<{DSML}{block}>\n")
         self.between: tuple[Segment, ...] = ()
         self.closing = _markup(f"</{DSML}{block}>")
-        self.reserved = (DSML,)
+        self.reserved = self.in_thoughts = (DSML,)
         self.usual = MOST_CALLS
 
     def call(self, function: Function) -> Grammar:
