@@ -1,31 +1,15 @@
-"""From a validated request to what an engine needs: the prompt's text, sampling, grammar.
-
-A model that brings a chat template gets its prompt from it, as Hugging Face's transformers would render
-it; one without gets `plain`.
-"""
+"""From a validated request to what an engine needs: messages in plain form, sampling."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from typing import Any
 
-import jinja2
-import msgspec
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from deepseek_api_compat.errors import InternalError, InvalidRequest
-from deepseek_api_compat.protocol.job import Grammar, Sampling
+from deepseek_api_compat.errors import InvalidRequest
+from deepseek_api_compat.protocol.job import Sampling
 from deepseek_api_compat.protocol.openai import (
-    ChatRequest,
     Generation,
     Message,
-    Tool,
     text_of,
 )
 
@@ -37,12 +21,18 @@ def normalise(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as templates expect them: plain dicts whose content is a string.
 
     Parts are joined without a separator, null becomes "", developer becomes system. Raises
-    InvalidRequest for parts that are not text.
+    InvalidRequest for parts that are not text, and for a `prefix` that can't be continued.
     """
-    return [_normal(i, message) for i, message in enumerate(messages)]
+    last = len(messages) - 1
+    return [_normal(i, message, i == last) for i, message in enumerate(messages)]
 
 
-def _normal(i: int, message: Message) -> dict[str, Any]:
+def _normal(i: int, message: Message, is_last: bool) -> dict[str, Any]:
+    if message.prefix and not (is_last and message.role == "assistant" and not message.tool_calls):
+        raise InvalidRequest(
+            f"`messages[{i}].prefix`: only a last assistant message without tool calls can be continued.",
+            param=f"messages[{i}].prefix",
+        )
     if message.role == "latest_reminder":
         raise InvalidRequest(
             f"`messages[{i}].role`: only DeepSeek V4 knows `latest_reminder`.", param=f"messages[{i}].role"
@@ -57,7 +47,7 @@ def _normal(i: int, message: Message) -> dict[str, Any]:
         normal["tool_call_id"] = message.tool_call_id
     if message.reasoning_content is not None:
         normal["reasoning_content"] = message.reasoning_content
-    if message.tool_calls:
+    if message.role == "assistant" and message.tool_calls:
         normal["tool_calls"] = [
             {
                 "id": call.id,
@@ -69,112 +59,10 @@ def _normal(i: int, message: Message) -> dict[str, Any]:
     return normal
 
 
-def render_template(
-    template: str | None,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    bos: str,
-    eos: str,
-    tools: Sequence[Tool] | None = None,
-    now: datetime | None = None,
-    kwargs: Mapping[str, Any] | None = None,
-) -> str:
-    """The prompt up to where the assistant's answer begins, special tokens spelled out.
-
-    `messages` come from `normalise`. `now` is the time that `strftime_now` tells a template; without it
-    that function is undefined, for which templates have a default. `kwargs` are further variables.
-    Raises InvalidRequest when the template refuses the messages, InternalError when it is no template.
-    """
-    if template is None:
-        return plain(messages)
-    variables = dict(kwargs or {})
-    if now is not None:
-        variables["strftime_now"] = now.strftime
-    variables.update(
-        messages=[_with_parsed_arguments(message) for message in messages],
-        tools=msgspec.to_builtins(tools) if tools else None,
-        bos_token=bos,
-        eos_token=eos,
-        add_generation_prompt=True,
-    )
-    compiled = _compile(template)
-    try:
-        return compiled.render(variables)
-    except Exception as error:  # a template is a program of strangers: anything may come out of it
-        raise InvalidRequest(
-            f"The model's chat template can't render these messages: {error or type(error).__name__}",
-            param="messages",
-        ) from None
-
-
 def plain(messages: Sequence[Mapping[str, Any]]) -> str:
     """The prompt for a model without a chat template: `User: ...` and so on, one turn a paragraph."""
     turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
     return "\n\n".join([*turns, "Assistant:"])
-
-
-def _with_parsed_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    # Templates write arguments with `tojson`, which would quote the string that OpenAI sends once more.
-    if "tool_calls" not in message:
-        return message
-    return {**message, "tool_calls": [_with_parsed(call) for call in message["tool_calls"]]}
-
-
-def _with_parsed(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    try:
-        arguments = msgspec.json.decode(function["arguments"], type=dict[str, Any])
-    except (msgspec.MsgspecError, RecursionError):
-        return dict(call)
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what a model was trained on; it renders as its body."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own filter escapes for HTML, which models have never seen.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment of transformers' `apply_chat_template`."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    return environment
-
-
-_ENVIRONMENT = _environment()
-
-
-@lru_cache(maxsize=64)
-def _compile(template: str) -> jinja2.Template:
-    try:
-        return _ENVIRONMENT.from_string(template)
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise InternalError(f"The model's chat template is not valid: {error}") from None
 
 
 _OPENAI_DEFAULT = Sampling()
@@ -209,13 +97,3 @@ def repetition_penalty(presence: float, frequency: float) -> float:
     logit of a likely next token: p = 2 gives 1.11, p = -2 gives 0.91, 0 gives exactly 1 (no penalty).
     """
     return REFERENCE_LOGIT / (REFERENCE_LOGIT - presence - frequency)
-
-
-def grammar_of(request: ChatRequest) -> Grammar | None:
-    """The constraint that `response_format` sets, None for free text."""
-    wanted = request.response_format
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object" or wanted.json_schema is None:
-        return Grammar({"type": "object"})
-    return Grammar(wanted.json_schema.schema)
