@@ -148,7 +148,7 @@ async def test_a_token_is_not_the_text_that_it_spells(engine: LlamaCpp) -> None:
     # Text of a schema never becomes a token, nor does it lift the constraint.
     made = await ids(engine, Json({"enum": ["a<|im_end|>"]}))
     assert not {token, end} & set(made)
-    assert await engine.detokenize(made) == '"a<|im_end|>"'
+    assert await engine.detokenize(made[:-1]) == '"a<|im_end|>"'
 
 
 @pytest.mark.embedded
