@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,12 +104,35 @@ class ModelSettings(Section, frozen=True):
     engines: list[EngineSettings] = []
 
 
+class LedgerSettings(Section, frozen=True):
+    """`[ledger]`: where every request is written down, how durably and for how long."""
+
+    database_url: str | None = None
+    currency: str = "USD"
+    fsync: Literal["never", "interval", "always"] = "interval"
+    when_unavailable: Literal["serve", "refuse"] = "serve"
+    max_journal_bytes: int = 1024 * 1024 * 1024
+    retention_days: int = 90
+    usage_retention_days: int = 730
+
+
+class PriceSettings(Section, frozen=True):
+    """`[[prices]]`: what a million tokens of a model cost. `cached` not set: as other prompt tokens."""
+
+    model: str
+    prompt: Decimal = Decimal(0)
+    cached: Decimal | None = None
+    completion: Decimal = Decimal(0)
+
+
 class Settings(Section, frozen=True):
     """All settings. `models` is empty until a model is configured; then the default one is used."""
 
     server: ServerSettings = ServerSettings()
     limits: LimitSettings = LimitSettings()
     models: list[ModelSettings] = []
+    ledger: LedgerSettings = LedgerSettings()
+    prices: list[PriceSettings] = []
 
     @property
     def data_dir(self) -> Path:
@@ -183,7 +207,11 @@ def _read_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"The configuration {path} is not valid TOML: {error}.") from None
 
 
-_SECTIONS: dict[str, type[Section]] = {"server": ServerSettings, "limits": LimitSettings}
+_SECTIONS: dict[str, type[Section]] = {
+    "server": ServerSettings,
+    "limits": LimitSettings,
+    "ledger": LedgerSettings,
+}
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -225,6 +253,7 @@ def _check(settings: Settings) -> None:
         (1 <= limits.max_n <= 128, "limits.max_n must be between 1 and 128"),
         (0 <= limits.max_queue <= 4000, "limits.max_queue must be between 0 and 4000"),
     ]
+    rules += _ledger_rules(settings)
     for model in settings.models:
         where = f"models.{model.name}"
         rules.append((0 <= model.temperature <= 2, f"{where}: temperature must be between 0 and 2"))
@@ -249,6 +278,28 @@ def _check(settings: Settings) -> None:
     for ok, problem in rules:
         if not ok:
             raise ConfigError(f"Configuration: {problem}.")
+
+
+def _ledger_rules(settings: Settings) -> list[tuple[bool, str]]:
+    ledger = settings.ledger
+    code = ledger.currency
+    rules = [
+        (len(code) == 3 and code.isascii() and code.isupper(), "ledger.currency must be a code such as USD"),
+        (ledger.max_journal_bytes >= 2**26, "ledger.max_journal_bytes must be at least 67108864 (64 MiB)"),
+        (ledger.retention_days >= 0, "ledger.retention_days can't be negative (0: for ever)"),
+        (ledger.usage_retention_days >= 0, "ledger.usage_retention_days can't be negative (0: for ever)"),
+    ]
+    models = [price.model for price in settings.prices]
+    for price in settings.prices:
+        rules.append((models.count(price.model) == 1, f"the model {price.model!r} has two prices"))
+        for name in ("prompt", "cached", "completion"):
+            problem = f"prices.{price.model}: {name} must be between 0 and 1000000, with 6 decimals at most"
+            rules.append((_is_rate(getattr(price, name)), problem))
+    return rules
+
+
+def _is_rate(amount: Decimal | None) -> bool:
+    return amount is None or (amount.is_finite() and 0 <= amount <= 10**6 and amount == round(amount, 6))
 
 
 def check_files(settings: Settings) -> None:

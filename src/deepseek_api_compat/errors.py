@@ -20,6 +20,7 @@
        +- EngineFailed       502   the engine broke, or answered nonsense
        +- EngineUnavailable  503   no engine can answer now; has `retry_after`
        +- EngineTimeout      504   the engine did not start within the queue limit
+       +- LedgerUnavailable  503   the request can't be written down; has `retry_after`
 
 Statuses, types and codes follow OpenAI's and DeepSeek's published tables (docs/errors.md).
 """
@@ -187,3 +188,9 @@ class EngineTimeout(ApiError):
     status = 504
     type = "server_error"
     code = "timeout"
+
+
+class LedgerUnavailable(ApiError):
+    status = 503
+    type = "server_error"
+    code = "ledger_unavailable"
