@@ -196,7 +196,7 @@ def test_a_template_with_tools_gets_them_as_they_are() -> None:
     made = prompt(THINKING, *history, tools=[tool(name="f")], functions=functions)
     assert '{"type": "function", "function": {"description": "d", "name": "f", "more": 1}}' in text(made)
     assert '<tool_call>\n{"name": "f", "arguments": {"x": [1, "é"]}}\n</tool_call>' in text(made)
-    assert "You can call" not in text(made)
+    assert "You may call" not in text(made)
     none = prompt(THINKING, tools=[tool(name="f")], tool_choice="none")
     assert text(none) == text(prompt(THINKING))
 

@@ -17,17 +17,22 @@ WEATHER = {
 }
 TIME = {"name": "get_time"}
 TEXT = """\
-You can call these functions, described in JSON Schema:
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
 {"name": "get_weather", "description": "Weather of a city, in °C", "parameters": {"type": "object", \
 "properties": {"city": {"type": "string"}}}}
 {"name": "get_time"}
+</tools>
 
-To call a function, reply with a block in exactly this form, where NAME is the function's name and \
-ARGUMENTS is a JSON object:
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> \
+XML tags:
 <tool_call>
-{"name": "NAME", "arguments": ARGUMENTS}
-</tool_call>
-Write one block for each call. The results come next, in <tool_response> tags. """
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>"""
 USER = {"role": "user", "content": "Hi"}
 
 
@@ -48,15 +53,16 @@ def call(id: str, name: str, arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "duty"),
     [
-        ({}, "Without a need for a function, just answer."),
-        ({"tool_choice": "required"}, "Now you must call a function."),
+        ({}, ""),
+        ({"tool_choice": "required"}, "\nNow you must call a function."),
         (
             {"tool_choice": {"type": "function", "function": {"name": "get_time"}}},
-            "Now you must call the function get_time.",
+            "\nNow you must call the function get_time.",
         ),
+        ({"parallel_tool_calls": False}, "\nCall only one function at a time."),
         (
-            {"parallel_tool_calls": False},
-            "Without a need for a function, just answer. Call only one function at a time.",
+            {"parallel_tool_calls": False, "tool_choice": "required"},
+            "\nNow you must call a function.\nCall only one function at a time.",
         ),
     ],
 )

@@ -6,15 +6,15 @@ The form is that of Hermes and Qwen, which most models have seen: a call is
     {"name": "NAME", "arguments": {...}}
     </tool_call>
 
-and its result comes back in a user message, in `<tool_response>` tags. The text is short, so that a very
-small model can follow it, and stable, so that prompts share prefixes. docs/formats.md shows it.
+and its result comes back in a user message, in `<tool_response>` tags. The text is stable, so that prompts
+share prefixes; docs/formats.md shows it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -28,19 +28,27 @@ _CALL = re.compile(r"""<tool_call>(?:\\n|\s)*\{\s*\\?["'](?:name|arguments)""")
 _TOOLS = re.compile(r"\btools\b")
 _TOOL_ROLE = re.compile(r"""["']tool["']""")
 
-_START = "You can call these functions, described in JSON Schema:\n"
-_END = """
+# Qwen2.5's words, known to many models. The smallest ones copy a placeholder like NAME into their calls;
+# those in angle brackets they fill in.
+_START = """\
+# Tools
 
-To call a function, reply with a block in exactly this form, where NAME is the function's name and \
-ARGUMENTS is a JSON object:
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+"""
+_END = """
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> \
+XML tags:
 <tool_call>
-{"name": "NAME", "arguments": ARGUMENTS}
-</tool_call>
-Write one block for each call. The results come next, in <tool_response> tags. """
-_FREE = "Without a need for a function, just answer."
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>"""
 _REQUIRED = "Now you must call a function."
 _NAMED = "Now you must call the function {}."
-_SINGLE = " Call only one function at a time."
+_SINGLE = "Call only one function at a time."
 
 
 def native_tools(template: str) -> bool:
@@ -73,16 +81,17 @@ def with_tool_text(
 def tool_text(functions: Sequence[Function], request: ChatRequest) -> str:
     """What a model is told about its functions: one a line, without `strict`, which is not for it."""
     shown = ({name: value for name, value in one.items() if name != "strict"} for one in functions)
-    return _START + "\n".join(map(_json, shown)) + _END + _duty(request)
+    return _START + "\n".join(map(_json, shown)) + _END + "".join(f"\n{one}" for one in _duties(request))
 
 
-def _duty(request: ChatRequest) -> str:
+def _duties(request: ChatRequest) -> Iterator[str]:
     choice = request.tool_choice
     if isinstance(choice, NamedToolChoice):
-        duty = _NAMED.format(choice.function.name)
-    else:
-        duty = _REQUIRED if choice == "required" else _FREE
-    return duty + (_SINGLE if request.parallel_tool_calls is False else "")
+        yield _NAMED.format(choice.function.name)
+    elif choice == "required":
+        yield _REQUIRED
+    if request.parallel_tool_calls is False:
+        yield _SINGLE
 
 
 def _with_calls(message: ChatMessage) -> ChatMessage:
