@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Any, BinaryIO
 
 import jinja2
@@ -126,7 +127,7 @@ def serve(questions: BinaryIO, answers: BinaryIO, renderer: Renderer, limit: Lim
         memory = MEMORY + MEMORY_PER_BYTE * length
         limit(memory, 1)
         try:
-            _write(answers, _answer(questions.read(length), renderer, lambda seconds: limit(memory, seconds)))
+            _write(answers, _answer(questions.read(length), renderer, partial(limit, memory)))
         except MemoryError:
             _write(answers, EXHAUSTED)
             return
