@@ -79,8 +79,8 @@ def test_the_longest_spelling_counts() -> None:
 
 
 def test_a_model_without_control_tokens() -> None:
-    none = Spellings(["", "x"], "")  # what is one character can't be broken
-    assert not none.threaten("x")
+    none = Spellings(["", "x", "\n\n"], "")
+    assert not none.threaten("x\n\nx")
     assert none.marked("x", MARK) == "x"
     assert none.split("a x") == [Segment("a x", False)]
     assert "x" not in none

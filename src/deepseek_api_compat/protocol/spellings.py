@@ -35,7 +35,8 @@ class Spellings:
     """
 
     def __init__(self, spellings: Collection[str], source: str) -> None:
-        words = sorted({word for word in spellings if len(word) > 1})
+        # One character can't be broken by a mark; and what is only white space would be in every text.
+        words = sorted({word for word in spellings if len(word) > 1 and not word.isspace()})
         lower = sorted({word.lower() for word in words})
         self._exact = re.compile(f"({_any_of(words)})") if words else None
         self._any_case = re.compile(f"(?:{_any_of(lower)})", re.IGNORECASE) if words else None
