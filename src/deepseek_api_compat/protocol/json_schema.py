@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import unquote
@@ -18,8 +19,10 @@ Schema = dict[str, Any]
 
 MOST_REPEATS = 10_000  # a grammar unrolls what is counted: 100 million items take all memory there is
 SAFE_INTEGER = 2**53 - 1  # beyond it, readers of JSON that use floating point change the value
-# Schemas in which something may refer to itself are compared only so far.
-_COMPARED = 8
+MOST_PATTERN = 4096  # characters
+# Schemas may refer to themselves: how far references are followed, and how many pairs are told apart.
+_FOLLOWED = 8
+_COMPARED = 10_000
 
 _TYPES = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
 _UNENFORCED = frozenset(
@@ -60,6 +63,7 @@ _UNENFORCED_FORMATS = frozenset(
         "regex",
     }
 )
+_ANNOTATIONS = ("title", "description", "default", "example", "examples", "$comment")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _RANGES = (
@@ -89,14 +93,17 @@ def enforceable(schema: Schema, param: str) -> Schema:
     checked = copy.deepcopy(schema)
     checked.pop("x-guidance", None)
     walk = _Walk(checked, param)
-    walk.schema(checked, "")
+    try:
+        walk.schema(checked, "")
+    except RecursionError:  # a long chain of references: each target is checked inside of the one before
+        raise InvalidRequest(f"`{param}`: its references lead too deep.", param=param) from None
     _narrow(walk.seen.values())
     return checked
 
 
 def resolve(schema: Any, root: Schema) -> Any:
     """`schema`, or what its `$ref` stands for where that is all it says. The root has been checked."""
-    for _ in range(_COMPARED):
+    for _ in range(_FOLLOWED):
         if not isinstance(schema, dict) or "$ref" not in schema or ASSERTIONS & schema.keys() != {"$ref"}:
             break
         schema = _target(root, schema["$ref"])
@@ -135,6 +142,7 @@ class _Walk:
     def __init__(self, root: Schema, param: str) -> None:
         self._root = root
         self._param = param
+        self._pairs = iter(range(_COMPARED))
         self.seen: dict[int, Schema] = {}
 
     def schema(self, schema: Any, path: str) -> None:
@@ -165,7 +173,7 @@ class _Walk:
         if isinstance(format, str) and format not in _FORMATS | _UNENFORCED_FORMATS:
             del schema["format"]
         # References are local ones only, so no name of a schema is needed, and no dialect but 2020-12.
-        for name in ("$id", "$schema"):
+        for name in ("$id", "$schema", *_ANNOTATIONS):
             schema.pop(name, None)
 
     def _types(self, schema: Schema, path: str) -> None:
@@ -215,13 +223,18 @@ class _Walk:
     def _pattern(self, pattern: Any, path: str) -> None:
         if not isinstance(pattern, str):
             raise self._invalid(path, "must be a regular expression")
+        if len(pattern) > MOST_PATTERN:
+            raise self._invalid(path, f"can't be enforced beyond {MOST_PATTERN} characters")
         beyond = next((found[0] for found in _NOT_REGULAR.finditer(pattern) if found[0] != r"\\"), None)
         if beyond is not None:
             raise self._invalid(path, f"can't be enforced: {beyond} is more than a regular language has")
         try:
-            # Python knows neither \p{...} nor JavaScript's names of groups.
-            re.compile(re.sub(r"\\[pP](\{[^}]*\}|.)", "x", pattern).replace("(?<", "(?P<"))
-        except (re.error, OverflowError, RecursionError) as error:
+            with warnings.catch_warnings():
+                # About sets in sets, which engines read in different ways.
+                warnings.simplefilter("error", FutureWarning)
+                # Python knows neither \p{...} nor JavaScript's names of groups.
+                re.compile(re.sub(r"\\[pP](\{[^}]*\}|.)", "x", pattern).replace("(?<", "(?P<"))
+        except (re.error, OverflowError, RecursionError, FutureWarning) as error:
             raise self._invalid(path, f"is no regular expression: {error}") from None
 
     def _reference(self, schema: Schema, path: str) -> None:
@@ -271,7 +284,7 @@ class _Walk:
         for i, one in enumerate(options):
             for other in options[i + 1 :]:
                 # Then "exactly one" is the same as "any", which is all that a grammar can say.
-                if not _disjoint(one, other, self._root):
+                if not _disjoint(one, other, self._root, self._pairs):
                     raise InvalidRequest(
                         f"`{self._param}{path}.oneOf`: the keyword `oneOf` can't be enforced where a value "
                         "may match several of its schemas; use `anyOf`.",
@@ -326,22 +339,24 @@ def is_of_type(value: Any, schema: Schema) -> bool:
     return "type" not in schema or _type(value) in types({"type": schema["type"]})
 
 
-def _disjoint(one: Any, other: Any, root: Schema, depth: int = 0) -> bool:
-    """Is it certain that no value matches both?"""
+def _disjoint(one: Any, other: Any, root: Schema, pairs: Iterator[int], depth: int = 0) -> bool:
+    """Is it certain that no value matches both? `pairs` has an item for each pair that may be compared."""
     one, other = resolve(one, root), resolve(other, root)
-    if not isinstance(one, dict) or not isinstance(other, dict) or depth > _COMPARED:
+    if not isinstance(one, dict) or not isinstance(other, dict):
         return one is False or other is False
+    if depth > _FOLLOWED or next(pairs, None) is None:
+        return False
     for first, second in ((one, other), (other, one)):
         for name in ("anyOf", "oneOf"):
             if name in first:
-                return all(_disjoint(option, second, root, depth + 1) for option in first[name])
+                return all(_disjoint(option, second, root, pairs, depth + 1) for option in first[name])
     common = types(one) & types(other)
     if not common:
         return True
     if all("const" in schema or "enum" in schema for schema in (one, other)):
         return not any(value in _constants(other) for value in _constants(one))
     return common == {"object"} and any(
-        _disjoint(_property(one, name), _property(other, name), root, depth + 1)
+        _disjoint(_property(one, name), _property(other, name), root, pairs, depth + 1)
         for name in {*one.get("required", ()), *other.get("required", ())}
     )
 

@@ -177,3 +177,10 @@ def test_dsml_parameters() -> None:
     flag = '<｜DSML｜parameter name="t" string="false">{}</｜DSML｜parameter>\n'
     tail = "</｜DSML｜invoke>\n</｜DSML｜function_calls>"
     assert made == {head + flags + tail for flags in ("", flag.format("true"), flag.format("false"))}
+
+
+def test_a_parameter_that_allows_itself() -> None:
+    options = [{"type": "integer"}, *[{"$ref": "#/$defs/all"}] * 10]
+    schema = {"properties": {"a": {"$ref": "#/$defs/all"}}, "$defs": {"all": {"anyOf": options}}}
+    text = sample(wanted("v4", "content", {"f": schema}, tool_choice="required"), random.Random(5))
+    assert '<｜DSML｜parameter name="a" string="false">' in text

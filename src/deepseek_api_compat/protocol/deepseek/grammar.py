@@ -31,7 +31,6 @@ from deepseek_api_compat.protocol.segment import Segment
 DSML = "｜DSML｜"  # a control token from V4 on, plain text before
 _CONTROL = re.compile(rf"(<｜[^<>｜]+｜>|{DSML})")
 _NOT_IN_NAME = re.compile(r'["<\n｜]')  # what the name of a parameter can't have in a tag
-_NESTED = 8  # a schema may allow itself
 _SIMPLE = frozenset({"type", "properties", "required", "additionalProperties"})
 
 
@@ -110,15 +109,13 @@ class DsmlCalls:
         """From the value of the attribute `string` on."""
         strings: list[Grammar] = []
         others: list[Grammar] = []
-        for branch in _branches(schema, root):
-            for value in _literals(branch):
-                strings.append(Exactly(_markup(value) + self._value_end))
-            if _any_string(branch):
-                strings = [Until(self._value_end, (DSML,))]
-                break
-        for branch in _branches(schema, root):
+        branches = [*_branches(schema, root)]
+        for branch in branches:
+            strings += [Exactly(_markup(value) + self._value_end) for value in _literals(branch)]
             if (rest := _rest(branch)) is not None:
                 others.append(Seq((Json(part(root, rest)), Exactly(self._value_end))))
+        if any(map(_any_string, branches)):
+            strings = [Until(self._value_end, (DSML,))]
         options = []
         if strings:
             options.append(Seq((text('true">'), one_of(strings))))
@@ -138,13 +135,17 @@ def _is_plain(schema: Schema) -> bool:
     return known and schema.get("additionalProperties", True) is False and False not in properties.values()
 
 
-def _branches(schema: Any, root: Schema, depth: int = 0) -> Iterator[Any]:
+def _branches(schema: Any, root: Schema, seen: set[int] | None = None) -> Iterator[Any]:
     """The schemas of which a value must match one; each allows one type only where that can be told apart."""
     schema = resolve(schema, root)
+    seen = set() if seen is None else seen
+    if id(schema) in seen:
+        return  # it allows itself, or the same twice
+    seen.add(id(schema))
     said = {*ASSERTIONS & schema.keys()} if isinstance(schema, dict) else set()
-    if said in ({"anyOf"}, {"oneOf"}) and depth < _NESTED:
+    if said in ({"anyOf"}, {"oneOf"}):
         for option in schema[said.pop()]:
-            yield from _branches(option, root, depth + 1)
+            yield from _branches(option, root, seen)
     elif isinstance(schema, dict) and isinstance(schema.get("type"), list) and not said & {"enum", "const"}:
         for name in schema["type"]:
             yield {**schema, "type": name}
