@@ -28,7 +28,9 @@ where start says where the prompt left off, and writes one line for each:
 With chunks, a list of strings, the output comes in these pieces; the answer must be the same."""
 
 
-class _Line(msgspec.Struct):
+class Line(msgspec.Struct):
+    """One output, and what was known when it was asked for."""
+
     format: str
     output: str
     start: Literal[
@@ -53,10 +55,11 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _run(_: argparse.Namespace) -> int:
-    return answer_lines(_Line, _message)
+    return answer_lines(Line, message)
 
 
-def _message(given: _Line) -> dict[str, Any]:
+def message(given: Line) -> dict[str, Any]:
+    """The message that an output becomes. Raises InvalidRequest for what its format doesn't know."""
     parser = _parser(given)
     collector = ChatCollector("", 0, "")
     for text in [given.output] if given.chunks is None else given.chunks:
@@ -64,16 +67,16 @@ def _message(given: _Line) -> dict[str, Any]:
     collector.feed(parser.feed(Piece(finish=given.engine_finish)))
     collector.feed(parser.close())
     choice = msgspec.json.decode(collector.response())["choices"][0]
-    message = choice["message"]
+    answer = choice["message"]
     return {
-        "content": message["content"] or None,
-        "reasoning_content": message.get("reasoning_content"),
-        "tool_calls": message.get("tool_calls", []),
+        "content": answer["content"] or None,
+        "reasoning_content": answer.get("reasoning_content"),
+        "tool_calls": answer.get("tool_calls", []),
         "finish_reason": choice["finish_reason"],
     }
 
 
-def _parser(given: _Line) -> Parser:
+def _parser(given: Line) -> Parser:
     if given.format not in _FORMATS:
         known = ", ".join(_FORMATS)
         raise InvalidRequest(f"There is no format {given.format!r}; there are: {known}.", param="format")

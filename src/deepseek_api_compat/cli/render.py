@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from deepseek_api_compat.errors import ApiError, InvalidRequest
+from deepseek_api_compat.cli.lines import answer_lines
 from deepseek_api_compat.models import catalogue, prepared
 from deepseek_api_compat.models.progress import Progress
 from deepseek_api_compat.protocol import deepseek
@@ -17,6 +16,7 @@ from deepseek_api_compat.protocol.openai import (
     ChatRequest,
     CompletionRequest,
     DecodeLimits,
+    declared_functions,
     decode_chat,
     decode_completion,
     reencode,
@@ -39,18 +39,6 @@ class _Line(msgspec.Struct):
     variant: str | None = None
 
 
-class _DeclaredTool(msgspec.Struct):
-    function: dict[str, Any]
-
-
-class _Declared(msgspec.Struct):
-    tools: list[_DeclaredTool] | None = None
-
-
-_line = msgspec.json.Decoder(_Line)
-_declared = msgspec.json.Decoder(_Declared)
-
-
 def add_parser(subparsers: Subparsers) -> None:
     """Add `render`, which sets `run`, a function from the arguments to the exit code."""
     parser = subparsers.add_parser(
@@ -64,34 +52,19 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _run(_: argparse.Namespace) -> int:
-    for line in sys.stdin.buffer:
-        if line.strip():
-            sys.stdout.buffer.write(msgspec.json.encode(_answer(line)) + b"\n")
-            sys.stdout.buffer.flush()
-    return 0
+    return answer_lines(_Line, _prompt)
 
 
-def _answer(line: bytes) -> dict[str, Any]:
-    try:
-        return _render(line)
-    except ApiError as error:
-        return error.body()
-
-
-def _render(line: bytes) -> dict[str, Any]:
-    try:
-        asked = _line.decode(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"The line is not as needed: {error}.") from None
+def _prompt(given: _Line) -> dict[str, Any]:
+    format, variant = ("v3", "0324") if given.format == "v3-0324" else (given.format, given.variant)
     # The model plays no part in rendering, so it may be missing.
-    body = reencode(bytes(asked.request), {"model": asked.format})
+    body = reencode(bytes(given.request), {"model": format})
     request = _request(body)
-    tools = _declared.decode(body).tools if isinstance(request, ChatRequest) else None
-    functions = None if tools is None else [tool.function for tool in tools]
-    segments = deepseek.render(asked.format, asked.variant, request, functions)
+    functions = declared_functions(body) if isinstance(request, ChatRequest) else None
+    segments = deepseek.render(format, variant, request, functions)
     return {
         "prompt": "".join(segment.text for segment in segments),
-        "prompt_ids": _tokenizer(asked.format).encode(segments),
+        "prompt_ids": _tokenizer(format).encode(segments),
     }
 
 
