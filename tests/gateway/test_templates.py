@@ -91,6 +91,8 @@ async def test_a_template_with_a_syntax_error_is_not_the_clients_fault(templates
     for _ in range(2):
         with pytest.raises(InternalError, match="chat template is not valid"):
             await templates.prompt(model("{% for %}"), request())
+    with pytest.raises(InternalError, match="far too long"):
+        await templates.prompt(model("'" * (1 << 21)), request())
 
 
 async def test_a_template_that_never_ends_delays_others_only(impatient: RenderProcess) -> None:

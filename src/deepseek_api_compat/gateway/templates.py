@@ -32,6 +32,7 @@ REFUSED_FOR = 60.0  # seconds, after that
 LARGE = 1 << 18  # characters of a request that is prepared in a thread
 MANY = 500  # messages, likewise
 REMEMBERED = 64  # models
+LONGEST_SOURCE = 1 << 20  # characters; real templates have some thousands
 
 # What an interpreter may need to start, and the local time. A service's environment also has secrets.
 _ENVIRONMENT = ("PATH", "HOME", "PYTHON", "LD_", "DYLD_", "LC_", "LANG", "TZ")
@@ -267,6 +268,8 @@ class Templates:
         # Looked up by identity, which is quick; the entry keeps the object alive, so that it stays unique.
         known = self._known.get(id(info))
         if known is None:
+            if len(source) > LONGEST_SOURCE:
+                raise InternalError("The model's chat template is not valid: it is far too long.")
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
             template = ModelTemplate(source, bos=info.bos, eos=info.eos, controls=info.controls)

@@ -56,8 +56,12 @@ class Spellings:
         `<|{{ role }}|>`, say, makes "user" the gap of `<|user|>`. Literals end at quotes and braces.
         """
         borders = [found.start() for found in re.finditer(r"""['"{}]""", source)]
-        heads = {head for at in borders for head in self._heads_at_end(source[:at][-self._longest :])}
-        tails = {tail for at in borders for tail in self._tails_at_start(source[at + 1 :][: self._longest])}
+        heads = {
+            head for at in borders for head in self._heads_at_end(source[max(0, at - self._longest) : at])
+        }
+        tails = {
+            tail for at in borders for tail in self._tails_at_start(source[at + 1 : at + 1 + self._longest])
+        }
         return tuple(
             {
                 word[len(head) : len(word) - len(tail)]
