@@ -32,7 +32,7 @@ REFUSED_FOR = 60.0  # seconds, after that
 LARGE = 1 << 18  # characters of a request that is prepared in a thread
 MANY = 500  # messages, likewise
 REMEMBERED = 64  # models
-LONGEST_SOURCE = 1 << 20  # characters; real templates have some thousands
+LONGEST_SOURCE = 1 << 18  # characters; real templates have some ten thousand
 
 # What an interpreter may need to start, and the local time. A service's environment also has secrets.
 _ENVIRONMENT = ("PATH", "HOME", "PYTHON", "LD_", "DYLD_", "LC_", "LANG", "TZ")
