@@ -45,7 +45,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "render",
         help="show the prompts that requests become",
         description=_DESCRIPTION,
-        epilog=f"formats: {', '.join(deepseek.FORMATS)}",
+        epilog=f"formats: {', '.join(deepseek.FORMATS)}, v3-0324",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=_run)
