@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 from deepseek_api_compat.config import Settings
 from deepseek_api_compat.engines.base import EngineState
@@ -15,6 +16,7 @@ from deepseek_api_compat.gateway.response import Pulse
 from deepseek_api_compat.gateway.routes import Api, ModelDirectory
 from deepseek_api_compat.gateway.shared import SharedMemory
 from deepseek_api_compat.gateway.slots import Leases, SlotTable
+from deepseek_api_compat.gateway.templates import Templates
 from deepseek_api_compat.security.keys import KeyTable
 
 
@@ -65,12 +67,20 @@ class Application:
         )
         self.pulse = Pulse(settings.server.first_event_timeout, settings.server.keep_alive_interval)
         directory = ModelDirectory(self._pools, created)
-        api = Api(directory, ChatService(max_choices=limits.max_n), self.pulse, settings)
+        self._templates = Templates()
+        chat = ChatService(self._templates, max_choices=limits.max_n)
+        api = Api(directory, chat, self.pulse, settings)
         self.gate = Gate(api.routes(), keys, limiter, settings)
-        self._closing: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         self._leases.start(asyncio.get_running_loop())
+        if any(pool.kind == "token" for pool in self._pools):
+            self._beside(self._templates.warm())
+
+    async def close(self) -> None:
+        """End what was started besides; no request is served any more."""
+        await self._templates.close()
 
     def use_keys(self, keys: KeyTable) -> None:
         self.gate.keys = keys
@@ -78,6 +88,9 @@ class Application:
     def use_engines(self, states: list[EngineState]) -> None:
         for pool in self._pools:
             for client in pool.update([state for state in states if state.model == pool.name]):
-                task = asyncio.ensure_future(client.close())
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
+                self._beside(client.close())
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

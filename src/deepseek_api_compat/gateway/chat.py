@@ -1,6 +1,6 @@
 """From a validated request to a stream of events: the path every answer of a token engine takes.
 
-render -> tokenize -> jobs -> slots -> engine -> parser -> events. One request may have several
+render -> encode -> jobs -> slots -> engine -> parser -> events. One request may have several
 choices (`n`, several prompts); each is a job of its own, and their events come interleaved.
 """
 
@@ -10,55 +10,98 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 from deepseek_api_compat.engines.base import ModelInfo, TokenEngine
 from deepseek_api_compat.errors import ContextTooLong, InvalidRequest
 from deepseek_api_compat.gateway.metrics import Tally
 from deepseek_api_compat.gateway.pool import ModelPool
-from deepseek_api_compat.protocol import prompt
+from deepseek_api_compat.gateway.templates import Templates
+from deepseek_api_compat.protocol import formats, prompt
 from deepseek_api_compat.protocol.events import Event, Usage
+from deepseek_api_compat.protocol.grammar import constraint
 from deepseek_api_compat.protocol.job import Job, Sampling
-from deepseek_api_compat.protocol.openai import ChatRequest, CompletionRequest, Message
-from deepseek_api_compat.protocol.output import OutputParser
+from deepseek_api_compat.protocol.openai import ChatRequest, CompletionRequest
+from deepseek_api_compat.protocol.output import OutputParser, Parser
+from deepseek_api_compat.protocol.pairing import paired
+from deepseek_api_compat.protocol.segment import Segment
+from deepseek_api_compat.protocol.stops import Stops
 
 LONGEST_TOKEN = 256  # characters; twice the longest that known vocabularies have (128 spaces)
 
 Events = AsyncGenerator[list[Event], None]
 
 
+class Choice(NamedTuple):
+    """One answer to generate: its job, who reads it, and stop strings that the engine can't look for."""
+
+    job: Job
+    parser: Parser
+    stops: Stops | None = None
+
+
 class ChatService:
     """Runs requests on a model's token engines. Every method may raise any ApiError."""
 
-    def __init__(self, *, max_choices: int) -> None:
+    def __init__(self, templates: Templates, *, max_choices: int) -> None:
+        self._templates = templates
         self._max_choices = max_choices
 
-    async def chat(self, pool: ModelPool, request: ChatRequest, tally: Tally) -> Events:
-        """Events of all choices; one Usage event comes last."""
-        if request.tool_choice not in (None, "auto", "none"):
-            # Not yet enforced by a grammar, and a forced call that does not come is worse than a refusal.
-            raise InvalidRequest(f"{pool.name} can't be forced to call a tool yet.", param="tool_choice")
+    async def chat(
+        self, pool: ModelPool, request: ChatRequest, functions: list[dict[str, Any]] | None, tally: Tally
+    ) -> Events:
+        """Events of all choices; one Usage event comes last. `functions`: see `prompt_ids`."""
         info = await pool.info()
-        engine = await pool.engine()
-        ids = await prompt_ids(engine, info, request.messages, request.tools)
+        format = pool.format(info)
+        ids, start = await self.prompt_ids(pool, request, functions)
+        # A stop string ends the answer, not the reasoning or a call; the engine couldn't tell them apart.
+        plain = start.startswith("content") and not formats.declared_tools(request)
         job = Job(
             prompt_ids=ids,
             max_tokens=answer_limit(len(ids), info.context, request.limit),
             sampling=sampling_of(pool, request),
-            stop=request.stops,
-            grammar=prompt.grammar_of(request),
+            stop=request.stops if plain else (),
+            grammar=constraint(request, formats.call_syntax(format), start),
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            markers=formats.markers(info.controls),
         )
-        async with aclosing(self._generate(pool, choices(job, request.choices), 1, tally)) as stream:
+        made = [
+            Choice(
+                one,
+                formats.parser(format, request, start, index),
+                Stops(request.stops) if request.stops and not plain else None,
+            )
+            for index, one in enumerate(choices(job, request.choices))
+        ]
+        async with aclosing(self._generate(pool, made, 1, tally)) as stream:
             async for events in stream:
                 yield events
+
+    async def prompt_ids(
+        self, pool: ModelPool, request: ChatRequest, functions: list[dict[str, Any]] | None
+    ) -> tuple[list[int], str]:
+        """The prompt as the model's own token ids, and where it leaves the answer (see `Prompt`).
+
+        `functions` are the declared functions as the client wrote them, with the order of their keys.
+        """
+        info, engine = await pool.info(), await pool.engine()
+        request = msgspec.structs.replace(request, messages=paired(request.messages))
+        format = pool.format(info)
+        if format == formats.TEMPLATE:
+            rendered = await self._templates.prompt(info, request, functions)
+        else:
+            rendered = formats.prompt(format, request, functions)
+        check_length(info, sum(len(segment.text) for segment in rendered.segments))
+        return await engine.encode(rendered.segments), rendered.start
 
     async def complete(
         self, pool: ModelPool, request: CompletionRequest, prompts: Sequence[list[int]], tally: Tally
     ) -> Events:
         """As `chat`, for prompts given as token ids; choice index = prompt number x n + choice."""
         info = await pool.info()
-        jobs = []
+        made: list[Choice] = []
         for ids in prompts:
             if not ids:
                 raise InvalidRequest("The prompt is empty.", param="prompt")
@@ -69,8 +112,11 @@ class ChatService:
                 stop=request.stops,
                 top_logprobs=request.logprobs,
             )
-            jobs += choices(job, request.choices)
-        async with aclosing(self._generate(pool, jobs, len(prompts), tally)) as stream:
+            made += [
+                Choice(one, OutputParser(index))
+                for index, one in enumerate(choices(job, request.choices), start=len(made))
+            ]
+        async with aclosing(self._generate(pool, made, len(prompts), tally)) as stream:
             async for events in stream:
                 yield events
 
@@ -81,24 +127,24 @@ class ChatService:
                 f"Prompts times n are {count} choices; at most {self._max_choices} are allowed.", param="n"
             )
 
-    async def _generate(self, pool: ModelPool, jobs: list[Job], prompts: int, tally: Tally) -> Events:
+    async def _generate(self, pool: ModelPool, made: list[Choice], prompts: int, tally: Tally) -> Events:
         # The prompt counts once however many choices are made from it, as OpenAI counts.
-        per_prompt = len(jobs) // prompts
-        streams = [
-            run_job(pool, index, job, index % per_prompt == 0, tally) for index, job in enumerate(jobs)
-        ]
+        per_prompt = len(made) // prompts
+        streams = [run_job(pool, one, index % per_prompt == 0, tally) for index, one in enumerate(made)]
         # Closed here, not by the garbage collector: a client that left frees its slot now.
         async with aclosing(streams[0] if len(streams) == 1 else merge(streams)) as stream:
             async for events in stream:
                 yield events
-        yield [Usage(tally.prompt_tokens, tally.cached_tokens, tally.completion_tokens, 0)]
+        yield [
+            Usage(tally.prompt_tokens, tally.cached_tokens, tally.completion_tokens, tally.reasoning_tokens)
+        ]
 
 
-async def run_job(pool: ModelPool, index: int, job: Job, counts_prompt: bool, tally: Tally) -> Events:
+async def run_job(pool: ModelPool, choice: Choice, counts_prompt: bool, tally: Tally) -> Events:
     """Events of one choice. What the engine counted goes into `tally`; until it has, what was received."""
-    parser = OutputParser(index)
+    job, parser, stops = choice
     received = 0
-    counted = False
+    counted = stopped = False
     stream = pool.stream(job)
     try:
         async for group in stream:
@@ -107,6 +153,8 @@ async def run_job(pool: ModelPool, index: int, job: Job, counts_prompt: bool, ta
             events: list[Event] = []
             for piece in group:
                 received += len(piece.ids)
+                if parser.thinking:
+                    tally.reasoning_tokens += len(piece.ids)
                 if piece.finish is not None:
                     counted = True
                     tally.completion_tokens += piece.completion_tokens
@@ -114,8 +162,12 @@ async def run_job(pool: ModelPool, index: int, job: Job, counts_prompt: bool, ta
                         tally.prompt_tokens += piece.prompt_tokens
                         tally.cached_tokens += piece.cached_tokens
                 events += parser.feed(piece)
+            if stops is not None:
+                events, stopped = stops.feed(events)
             if events:
                 yield events
+            if stopped:
+                return
         if events := parser.close():
             yield events
     finally:
@@ -171,20 +223,11 @@ def choices(job: Job, n: int) -> list[Job]:
     """`n` jobs from one; a given seed is varied, or all answers would be the same."""
     if n == 1:
         return [job]
-    made = []
-    for index in range(n):
-        sampling = job.sampling
-        if sampling.seed is not None:
-            sampling = Sampling(
-                sampling.temperature,
-                sampling.top_p,
-                sampling.presence_penalty,
-                sampling.frequency_penalty,
-                (sampling.seed + index) % 2**63,
-                sampling.logit_bias,
-            )
-        made.append(Job(job.prompt_ids, job.max_tokens, sampling, job.stop, job.grammar, job.top_logprobs))
-    return made
+    seed = job.sampling.seed
+    if seed is None:
+        return [job] * n
+    seeded = (msgspec.structs.replace(job.sampling, seed=(seed + index) % 2**63) for index in range(n))
+    return [msgspec.structs.replace(job, sampling=sampling) for sampling in seeded]
 
 
 def answer_limit(prompt_tokens: int, context: int, wanted: int | None) -> int:
@@ -195,22 +238,28 @@ def answer_limit(prompt_tokens: int, context: int, wanted: int | None) -> int:
     return room if wanted is None else min(wanted, room)
 
 
-async def prompt_ids(
-    engine: TokenEngine, info: ModelInfo, messages: Sequence[Message], tools: Any
-) -> list[int]:
-    """Messages as the model's own token ids."""
-    text = prompt.render_template(
-        info.chat_template, prompt.normalise(messages), bos=info.bos, eos=info.eos, tools=tools
-    )
-    return await token_ids(engine, info, text, special=True)
-
-
-async def token_ids(engine: TokenEngine, info: ModelInfo, text: str, *, special: bool) -> list[int]:
-    """A text as token ids. Raises ContextTooLong, at no cost, for one that is far too long.
+def check_length(info: ModelInfo, characters: int) -> None:
+    """Raises ContextTooLong, at no cost, for a prompt that is far too long.
 
     Tokenising costs the engine some 250 bytes of memory for each byte of text.
     """
-    least = len(text) // LONGEST_TOKEN
+    least = characters // LONGEST_TOKEN
     if least > info.context:
         raise ContextTooLong(least, info.context, at_least=True)
+
+
+async def token_ids(engine: TokenEngine, info: ModelInfo, text: str, *, special: bool) -> list[int]:
+    """A text as token ids. Raises ContextTooLong."""
+    check_length(info, len(text))
     return await engine.tokenize(text, special=special)
+
+
+async def infill_ids(engine: TokenEngine, info: ModelInfo, request: CompletionRequest) -> list[list[int]]:
+    """The prompts of a completion with a `suffix`: the answer belongs between prompt and suffix."""
+    prompts: list[list[Segment]] = []
+    for text in request.prompts:
+        if not isinstance(text, str):
+            raise InvalidRequest("With a `suffix` the `prompt` must be text, not token ids.", param="prompt")
+        prompts.append(formats.fill_in(text, request.suffix or "", info.controls))
+        check_length(info, len(text) + len(request.suffix or ""))
+    return [await engine.encode(segments) for segments in prompts]

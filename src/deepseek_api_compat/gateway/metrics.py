@@ -25,7 +25,7 @@ REQUESTS = Counter(
 )
 TOKENS = Counter(
     "deepseek_tokens",
-    "Tokens by model and kind: prompt, cached, completion.",
+    "Tokens by model and kind: prompt, cached, completion, reasoning.",
     ["model", "kind"],
     registry=_registry,
 )
@@ -98,6 +98,7 @@ class Tally:
         "first",
         "model",
         "prompt_tokens",
+        "reasoning_tokens",
         "start",
         "status",
     )
@@ -108,7 +109,7 @@ class Tally:
         self.start = start
         self.first = 0.0
         self.status = 0
-        self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
+        self.prompt_tokens = self.cached_tokens = self.completion_tokens = self.reasoning_tokens = 0
 
     def settle(self, now: float) -> None:
         key = (self.endpoint, self.model, self.status)
@@ -125,6 +126,8 @@ class Tally:
             children.cached.inc(self.cached_tokens)
         if self.completion_tokens:
             children.completion.inc(self.completion_tokens)
+        if self.reasoning_tokens:
+            children.reasoning.inc(self.reasoning_tokens)
 
 
 class _Children:
@@ -153,6 +156,10 @@ class _Children:
     @cached_property
     def completion(self) -> Counter:
         return TOKENS.labels(self._model, "completion")
+
+    @cached_property
+    def reasoning(self) -> Counter:
+        return TOKENS.labels(self._model, "reasoning")
 
 
 _known: dict[tuple[str, str, int], _Children] = {}

@@ -54,7 +54,7 @@ class ModelPool:
         dropped: list[TokenEngine | Upstream] = []
         for replica, state in old.items():
             now = self._states.get(replica)
-            if now is None or now.endpoint != state.endpoint:
+            if now is None or (now.endpoint, now.info) != (state.endpoint, state.info):
                 engine = self._engines.pop(replica, None)
                 upstream = self._upstreams.pop(replica, None)
                 dropped += [client for client in (engine, upstream) if client is not None]
@@ -76,6 +76,10 @@ class ModelPool:
         state = await self._any_ready()
         assert state.info is not None, "a ready token engine has told what it is"
         return state.info
+
+    def format(self, info: ModelInfo) -> str:
+        """How the model's prompts are written: what the configuration says, else the model's files."""
+        return info.format if self.settings.format == "auto" else self.settings.format
 
     async def engine(self) -> TokenEngine:
         """A client of any ready replica, for calls that take no slot (tokenize)."""
@@ -144,8 +148,10 @@ class ModelPool:
         engine = self._engines.get(replica)
         if engine is None:
             config = self.settings.engines[self._engine_of(replica)]
+            state = self._states[replica]
             engine = self._engines[replica] = LlamaCpp(
-                self._states[replica].endpoint,
+                state.endpoint,
+                known=state.info,
                 connect_timeout=config.connect_timeout,
                 read_timeout=config.read_timeout,
             )

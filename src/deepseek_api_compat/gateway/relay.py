@@ -64,8 +64,11 @@ async def relay(
     *,
     stream: bool = False,
     options: StreamOptions | None = None,
+    thinks: bool | None = None,
 ) -> None:
     """Send `body` to an upstream of `pool` and its answer to `out`.
+
+    `thinks`: what the model's name said of thinking; the upstream is told as DeepSeek's hosted API reads it.
 
     Raises ApiError for anything that keeps the answer from being complete. Closes the upstream
     connection at once when cancelled.
@@ -78,6 +81,8 @@ async def relay(
             state = pool.state_of(lease.replica)
             upstream = pool.upstream_of(state)
         replace: dict[str, Any] = {"model": pool.upstream_model(state)}
+        if thinks is not None:
+            replace["thinking"] = {"type": "enabled" if thinks else "disabled"}
         wants_usage = options is not None and bool(options.include_usage)
         if stream and not wants_usage:
             replace["stream_options"] = {"include_usage": True}

@@ -8,11 +8,13 @@ from collections.abc import Coroutine
 from contextlib import aclosing
 from typing import Any, Protocol
 
+import msgspec
+
 from deepseek_api_compat import __version__
 from deepseek_api_compat.config import Settings
 from deepseek_api_compat.errors import ApiError, EngineUnavailable, InvalidRequest, ModelNotFound
 from deepseek_api_compat.gateway import metrics, openapi
-from deepseek_api_compat.gateway.chat import ChatService, Events, prompt_ids, token_ids
+from deepseek_api_compat.gateway.chat import ChatService, Events, infill_ids, token_ids
 from deepseek_api_compat.gateway.gate import Call, Route
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.relay import relay
@@ -24,6 +26,7 @@ from deepseek_api_compat.protocol.events import Event
 USERS = frozenset({"user", "admin"})
 READERS = frozenset({"admin", "metrics"})
 PUBLIC: frozenset[str] = frozenset()
+THINKING_SUFFIXES = {"-thinking": True, "-nothinking": False}
 
 
 class ModelDirectory:
@@ -41,8 +44,19 @@ class ModelDirectory:
             raise ModelNotFound(name, list(self._by_name))
         return pool
 
+    def choose(self, name: str) -> tuple[ModelPool, bool | None]:
+        """The pool of that name, and whether the name says that the model shall think, or shall not.
+
+        `NAME-thinking` and `NAME-nothinking` do, for any NAME that exists.
+        """
+        for suffix, thinks in THINKING_SUFFIXES.items():
+            base = self._by_name.get(name.removesuffix(suffix))
+            if name.endswith(suffix) and name not in self._by_name and base is not None:
+                return base, thinks
+        return self.find(name), None
+
     def describe(self, pool: ModelPool) -> dict[str, Any]:
-        """OpenAI's model object; `aliases` and `context_length` are ours."""
+        """OpenAI's model object; `aliases`, `context_length` and `format` are ours."""
         info = next((state.info for state in pool.states if state.info), None)
         described: dict[str, Any] = {
             "id": pool.name,
@@ -53,6 +67,7 @@ class ModelDirectory:
         }
         if info is not None:
             described["context_length"] = info.context
+            described["format"] = pool.format(info)
         return described
 
 
@@ -89,7 +104,11 @@ class Api:
     async def chat_completions(self, call: Call) -> None:
         body = await call.body()
         request = wire.decode_chat(body, self._limits)
-        pool = self._choose(call, request.model)
+        pool, thinks = self._directory.choose(request.model)
+        call.tally.model = pool.name
+        if thinks is not None:
+            request = msgspec.structs.replace(request, thinking=thinks)
+        functions = wire.declared_functions(body) if request.tools else None
         out = self._open(call, sse=request.stream)
         if pool.kind == "chat":
             work = relay(
@@ -100,6 +119,7 @@ class Api:
                 call.tally,
                 stream=request.stream,
                 options=request.stream_options,
+                thinks=thinks,
             )
         elif request.stream:
             encoder = completion.ChatStream(
@@ -108,10 +128,10 @@ class Api:
                 n=request.choices,
                 profile=pool.settings.profile,
             )
-            work = stream_events(self._chat.chat(pool, request, call.tally), out, encoder)
+            work = stream_events(self._chat.chat(pool, request, functions, call.tally), out, encoder)
         else:
             collector = completion.ChatCollector(*self._identity(call, "chatcmpl", pool), n=request.choices)
-            work = collect_events(self._chat.chat(pool, request, call.tally), out, collector)
+            work = collect_events(self._chat.chat(pool, request, functions, call.tally), out, collector)
         await self._answer(call, out, work)
 
     async def completions(self, call: Call) -> None:
@@ -136,14 +156,15 @@ class Api:
     async def _complete(
         self, call: Call, pool: ModelPool, request: wire.CompletionRequest, out: EventStream
     ) -> None:
-        if request.suffix is not None:
-            raise InvalidRequest(f"{pool.name} can't fill in the middle of a text.", param="suffix")
         self._chat.check_choices(len(request.prompts) * request.choices)
         info, engine = await pool.info(), await pool.engine()
-        prompts = [
-            prompt if isinstance(prompt, list) else await token_ids(engine, info, prompt, special=False)
-            for prompt in request.prompts
-        ]
+        if request.suffix is not None:
+            prompts = await infill_ids(engine, info, request)
+        else:
+            prompts = [
+                prompt if isinstance(prompt, list) else await token_ids(engine, info, prompt, special=False)
+                for prompt in request.prompts
+            ]
         echo = None
         if request.echo:
             echo = [p if isinstance(p, str) else await engine.detokenize(p) for p in request.prompts]
@@ -192,11 +213,14 @@ class Api:
         await self._json(call, answer)
 
     async def tokenize(self, call: Call) -> None:
-        request = wire.decode_tokenize(await call.body(), self._limits)
+        body = await call.body()
+        request = wire.decode_tokenize(body, self._limits)
         pool = self._token_pool(call, request.model)
         info, engine = await pool.info(), await pool.engine()
         if request.messages is not None:
-            ids = await prompt_ids(engine, info, request.messages, request.tools)
+            functions = wire.declared_functions(body) if request.tools else None
+            chat = wire.ChatRequest(model=pool.name, messages=request.messages, tools=request.tools)
+            ids, _ = await self._chat.prompt_ids(pool, chat, functions)
         else:
             ids = await token_ids(engine, info, request.text, special=request.add_special_tokens)
         await self._json(call, {"tokens": ids, "count": len(ids), "max_model_len": info.context})

@@ -122,6 +122,7 @@ async def serve(args: argparse.Namespace) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await application.close()
 
 
 def main() -> int:

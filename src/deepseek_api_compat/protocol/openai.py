@@ -333,6 +333,23 @@ def decode_chat(body: bytes, limits: DecodeLimits) -> ChatRequest:
     return request
 
 
+class _DeclaredTool(msgspec.Struct):
+    function: dict[str, Any]
+
+
+class _Declared(msgspec.Struct):
+    tools: list[_DeclaredTool] | None = None
+
+
+_declared = msgspec.json.Decoder(_Declared)
+
+
+def declared_functions(body: bytes) -> list[dict[str, Any]] | None:
+    """The functions of a body that `decode_chat` accepts, as written: all fields, in their order."""
+    tools = _declared.decode(body).tools
+    return None if tools is None else [tool.function for tool in tools]
+
+
 def decode_completion(body: bytes, limits: DecodeLimits) -> CompletionRequest:
     request = _decode(_completion, body)
     _check_generation(request, limits)

@@ -37,7 +37,7 @@ def _results(messages: Sequence[Message], at: int, ids: list[str]) -> list[Messa
     while at < len(messages) and messages[at].role == "tool":
         id = messages[at].tool_call_id or ""
         if id not in ids:
-            raise _problem(at, "tool_call_id", f"is {id[:100]!r}, but no call of the message before has that id")
+            raise _problem(at, "tool_call_id", f"is {id[:100]!r}, which no call before it has")
         if id in found:
             raise _problem(at, "tool_call_id", f"is {id[:100]!r}, and that call has a result already")
         found[id] = messages[at]
