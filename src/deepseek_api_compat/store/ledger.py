@@ -238,14 +238,9 @@ class Ledger:
         """What each key that ever had a request has used, as of `now` in unix seconds."""
         today = int(now // DAY * 24)
         tokens = _sum(usage.c.prompt_tokens + usage.c.completion_tokens)
+        of_today = sa.select(usage.c.key_id, tokens).where(usage.c.hour >= today).group_by(usage.c.key_id)
         with self._transaction() as connection:
-            used: dict[str, int] = dict(
-                connection.execute(
-                    sa.select(usage.c.key_id, tokens).where(usage.c.hour >= today).group_by(usage.c.key_id)
-                )
-                .tuples()
-                .all()
-            )
+            used = {key: count for key, count in connection.execute(of_today)}  # noqa: C416 - rows, not tuples
             found = connection.execute(sa.select(totals.c.key_id, totals.c.price))
             return {key: Spent(price, used.get(key, 0)) for key, price in found}
 
