@@ -91,14 +91,14 @@ def test_quiet_prints_the_key_and_nothing_else(run: Run, data_dir: Path, service
     printed = run("create", "alice", "--quiet")
     assert re.fullmatch(r"DSK-\w{12}-\w{43}\n", printed)
     principal = KeyTable(*stored(data_dir)).authenticate(f"Bearer {printed.strip()}".encode())
-    assert (principal.name, principal.role, principal.rps) == ("alice", "user", None)
+    assert (principal.name, principal.role, principal.limits.rps) == ("alice", "user", None)
 
 
 def test_json_prints_id_and_both_keys(run: Run, data_dir: Path, service: Service | None) -> None:
     created = json.loads(run("create", "bob", "--json", "--rps", "0", "--role", "metrics"))
     assert list(created) == ["id", "api_key", "secret_key"]
     (record,), master = stored(data_dir)
-    assert (record.id, record.rps, record.role) == (created["id"], 0, "metrics")
+    assert (record.id, record.limits.rps, record.role) == (created["id"], 0, "metrics")
     assert created["secret_key"] == secret_key(master, record.id, 1)
 
 

@@ -27,7 +27,7 @@ def test_a_created_key_authenticates(admin: KeyAdmin) -> None:
     table = KeyTable(admin.store.list(), admin.master)
     principal = table.authenticate(f"Bearer {created['api_key']}".encode())
     assert (principal.id, principal.name) == (created["id"], "alice")
-    assert (principal.role, principal.rps) == ("metrics", 0)
+    assert (principal.role, principal.limits.rps) == ("metrics", 0)
     assert created["secret_key"] == secret_key(admin.master, created["id"], 1)
 
 
@@ -107,7 +107,7 @@ def test_the_first_start_makes_one_admin_key(admin: KeyAdmin) -> None:
     key = ensure_admin(admin)
     assert key is not None
     principal = KeyTable(admin.store.list(), admin.master).authenticate(f"Bearer {key}".encode())
-    assert (principal.name, principal.role, principal.rps) == ("admin", "admin", None)
+    assert (principal.name, principal.role, principal.limits.rps) == ("admin", "admin", None)
     assert ensure_admin(admin) is None
     assert len(admin.store.list()) == 1
 

@@ -1,8 +1,13 @@
 import hashlib
 import hmac
 import re
+import time
+from collections.abc import Callable
+from ipaddress import ip_network
+from statistics import median
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -10,7 +15,7 @@ from hypothesis import strategies as st
 from deepseek_api_compat.errors import AuthenticationFailed
 from deepseek_api_compat.security import keys
 from deepseek_api_compat.security.keys import KeyTable, Principal, key_hash, new_key, secret_key
-from deepseek_api_compat.store.base import KeyRecord
+from deepseek_api_compat.store.base import KeyLimits, KeyRecord
 
 MASTER = bytes(range(32))
 
@@ -21,14 +26,22 @@ def make(slot: int = 0, **fields: Any) -> tuple[str, KeyRecord]:
     return key, KeyRecord(id=id, hash=key_hash(MASTER, key.encode()), slot=slot, **values)
 
 
-KEY, RECORD = make(3, rps=5.0, role="admin")
+KEY, RECORD = make(3, limits=KeyLimits(rps=5.0), role="admin")
 TABLE = KeyTable([RECORD, make(1)[1]], MASTER)
 
 
-def refusal(table: KeyTable, header: bytes | None) -> str:
+def refused(table: KeyTable, header: bytes | None, now: float | None = None) -> AuthenticationFailed:
     with pytest.raises(AuthenticationFailed) as caught:
-        table.authenticate(header)
-    return caught.value.message
+        table.authenticate(header, now)
+    return caught.value
+
+
+def refusal(table: KeyTable, header: bytes | None) -> str:
+    return refused(table, header).message
+
+
+def bearer(key: str) -> bytes:
+    return b"Bearer " + key.encode()
 
 
 def test_a_key_has_the_documented_form() -> None:
@@ -52,7 +65,50 @@ def test_a_new_version_has_a_new_secret() -> None:
 @pytest.mark.parametrize("form", ["{} {}", "{}  {}", "{} {} "])
 def test_a_good_key_gives_its_principal(scheme: str, form: str) -> None:
     principal = TABLE.authenticate(form.format(scheme, KEY).encode())
-    assert principal == Principal(id=RECORD.id, name="alice", role="admin", rps=5.0, index=3)
+    limits = KeyLimits(rps=5.0)
+    assert principal == Principal(id=RECORD.id, name="alice", role="admin", limits=limits, index=3)
+
+
+def test_a_principal_has_all_that_the_record_says() -> None:
+    key, record = make(
+        9,
+        owner="ops",
+        expires=2000,
+        models=("a", "b"),
+        networks=("10.0.0.0/8", "::ffff:192.0.2.0/120"),
+        limits=KeyLimits(tpd=7),
+        budget=5_000_000,
+    )
+    assert KeyTable([record], MASTER).authenticate(bearer(key), 1999) == Principal(
+        id=record.id,
+        name="alice",
+        owner="ops",
+        role="user",
+        index=9,
+        expires=2000,
+        models=frozenset("ab"),
+        networks=(ip_network("10.0.0.0/8"), ip_network("192.0.2.0/24")),
+        limits=KeyLimits(tpd=7),
+        budget=5_000_000,
+    )
+
+
+def test_a_list_that_lists_nothing_allows_nothing() -> None:
+    key, record = make(models=(), networks=())
+    principal = KeyTable([record], MASTER).authenticate(bearer(key))
+    assert (principal.models, principal.networks) == (frozenset(), ())
+
+
+def test_networks_that_no_one_can_read_allow_nobody() -> None:
+    key, record = make(networks=("10.0.0.0/8", "everywhere"))
+    assert KeyTable([record], MASTER).authenticate(bearer(key)).networks == ()
+
+
+def test_a_key_may_come_without_its_scheme() -> None:
+    assert TABLE.authenticate_key(KEY.encode()) is TABLE.authenticate(bearer(KEY))
+    with pytest.raises(AuthenticationFailed) as caught:
+        TABLE.authenticate_key(bearer(KEY))
+    assert caught.value.message == keys.MALFORMED
 
 
 @pytest.mark.parametrize(
@@ -63,8 +119,8 @@ def test_a_good_key_gives_its_principal(scheme: str, form: str) -> None:
         (KEY.encode(), keys.NOT_BEARER),
         (b"Basic dXNlcjpwYXNz", keys.NOT_BEARER),
         (b"Bearer:" + KEY.encode(), keys.NOT_BEARER),
-        (b"Bearer", keys.MALFORMED),
-        (b"Bearer ", keys.MALFORMED),
+        (b"Bearer", keys.MISSING),
+        (b"Bearer ", keys.MISSING),
         (b"Bearer sk-proj-123", keys.MALFORMED),
         (b"Bearer " + KEY[:-1].encode(), keys.MALFORMED),
         (b"Bearer " + KEY.encode() + b"x", keys.MALFORMED),
@@ -80,15 +136,58 @@ def test_each_refusal_says_what_to_do(header: bytes | None, message: str) -> Non
 
 
 def test_the_messages_differ() -> None:
-    messages = {keys.MISSING, keys.NOT_BEARER, keys.MALFORMED, keys.UNKNOWN, keys.DISABLED}
-    assert len(messages) == 5
+    messages = [value for name, value in vars(keys).items() if name.isupper() and name[0] != "_"]
+    sentences = [value for value in messages if isinstance(value, str) and value.endswith((".", "?"))]
+    assert len(sentences) == len(set(sentences)) == 9
 
 
 def test_a_disabled_key_is_named_so_only_to_its_holder() -> None:
-    key, record = make(enabled=False)
+    key, record = make(enabled=False, expires=1)
     table = KeyTable([record], MASTER)
-    assert refusal(table, b"Bearer " + key.encode()) == keys.DISABLED
-    assert refusal(table, b"Bearer " + key[:-1].encode() + b"!") == keys.UNKNOWN
+    error = refused(table, bearer(key))
+    assert (error.message, error.code, error.status) == (keys.DISABLED, "key_disabled", 401)
+    error = refused(table, bearer(key)[:-1] + b"!")
+    assert (error.message, error.code) == (keys.UNKNOWN, "invalid_api_key")
+
+
+def test_a_key_expires_to_the_second() -> None:
+    key, record = make(expires=1000)
+    table = KeyTable([record], MASTER)
+    assert table.authenticate(bearer(key), 999.9).id == record.id
+    for now in (1000.0, 5000.0, None):
+        error = refused(table, bearer(key), now)
+        assert (error.message, error.code) == (keys.EXPIRED, "key_expired")
+    assert refusal(table, bearer(key)[:-1] + b"!") == keys.UNKNOWN
+
+
+def rotated(**fields: Any) -> tuple[str, str, KeyTable]:
+    """The old key, the new one, and the table; they overlap until second 1000."""
+    old, before = make(version=4, **fields)
+    new = old[:17] + new_key()[1][17:]
+    changes = {
+        "hash": key_hash(MASTER, new.encode()),
+        "version": 5,
+        "old_hash": before.hash,
+        "old_version": 4,
+    }
+    return old, new, KeyTable([msgspec.structs.replace(before, old_until=1000, **changes)], MASTER)
+
+
+def test_a_rotated_key_is_good_while_it_overlaps() -> None:
+    old, new, table = rotated()
+    assert table.authenticate(bearer(old), 999.9) == table.authenticate(bearer(new), 999.9)
+    assert table.authenticate(bearer(new), 1000).name == "alice"
+    error = refused(table, bearer(old), 1000)
+    assert (error.message, error.code) == (keys.ROTATED, "key_expired")
+    assert refusal(table, bearer(new)[:-1] + b"!") == keys.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"), [({"enabled": False}, "key_disabled"), ({"expires": 500}, "key_expired")]
+)
+def test_a_rotated_key_is_no_better_than_the_new_one(fields: dict[str, Any], code: str) -> None:
+    old, new, table = rotated(**fields)
+    assert {refused(table, bearer(key), 600).code for key in (old, new)} == {code}
 
 
 def test_another_master_key_knows_no_key() -> None:
@@ -106,8 +205,41 @@ def test_an_unknown_id_costs_the_same_work_as_a_wrong_secret(monkeypatch: pytest
     monkeypatch.setattr(hmac, "compare_digest", compare_digest)
     wrong = [new_key()[1], KEY[:17] + new_key()[1][17:]]
     for key in wrong:
-        refusal(TABLE, b"Bearer " + key.encode())
-    assert compared == [(32, key_hash(MASTER, key.encode())) for key in wrong]
+        refusal(TABLE, bearer(key))
+    assert compared == [(32, key_hash(MASTER, key.encode())) for key in wrong for _ in range(2)]
+
+
+def test_no_kind_of_wrong_key_is_told_by_the_time_it_takes() -> None:
+    """Medians of many interleaved trials; what differs by less than 10 % can't be seen over a network."""
+    wrong = {
+        "wrong id": bearer(new_key()[1]),
+        "wrong secret": bearer(KEY[:17] + new_key()[1][17:]),
+        "wrong last character": bearer(KEY[:-1] + ("a" if KEY[-1] != "a" else "b")),
+    }
+
+    def differ() -> bool:
+        times: dict[str, list[int]] = {kind: [] for kind in wrong}
+        for _ in range(3000):
+            for kind, header in wrong.items():
+                times[kind].append(time_of(lambda header=header: refused_quickly(TABLE, header)))
+        medians = [median(taken) for taken in times.values()]
+        return max(medians) > 1.1 * min(medians)
+
+    assert not all(differ() for _ in range(3)), "three measurements of three"
+
+
+def refused_quickly(table: KeyTable, header: bytes) -> None:
+    try:
+        table.authenticate(header)
+    except AuthenticationFailed:
+        return
+    raise AssertionError("a wrong key was accepted")
+
+
+def time_of(work: Callable[[], None]) -> int:
+    begin = time.perf_counter_ns()
+    work()
+    return time.perf_counter_ns() - begin
 
 
 def header_like() -> st.SearchStrategy[bytes]:
@@ -120,7 +252,8 @@ def header_like() -> st.SearchStrategy[bytes]:
     mutated = st.tuples(st.integers(0, len(real) - 1), st.binary(max_size=2)).map(
         lambda change: real[: change[0]] + change[1] + real[change[0] + 1 :]
     )
-    return st.one_of(st.binary(), near, mutated)
+    dotted = st.lists(st.binary(max_size=20), min_size=2, max_size=4).map(b".".join)
+    return st.one_of(st.binary(), near, mutated, dotted.map(lambda value: b"Bearer " + value))
 
 
 @given(header_like())
@@ -131,7 +264,8 @@ def test_no_header_raises_anything_but_a_refusal(header: bytes) -> None:
         assert TABLE.authenticate(header).id == RECORD.id
     else:
         message = refusal(TABLE, header)
-        assert message in {keys.MISSING, keys.NOT_BEARER, keys.MALFORMED, keys.UNKNOWN}
+        known = {keys.MISSING, keys.NOT_BEARER, keys.MALFORMED, keys.UNKNOWN}
+        assert message in known or message.startswith("The token is malformed: ")
 
 
 def test_a_change_makes_a_new_table_and_leaves_the_old() -> None:
@@ -150,8 +284,7 @@ def test_a_change_makes_a_new_table_and_leaves_the_old() -> None:
 def test_with_record_replaces_the_record_of_the_same_id() -> None:
     key, record = make()
     table = KeyTable([record], MASTER, version=41)
-    disabled = KeyRecord(**{**{f: getattr(record, f) for f in record.__struct_fields__}, "enabled": False})
-    changed = table.with_record(disabled)
+    changed = table.with_record(msgspec.structs.replace(record, enabled=False))
     assert (changed.version, len(changed)) == (42, 1)
     assert refusal(changed, b"Bearer " + key.encode()) == keys.DISABLED
 

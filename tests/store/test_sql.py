@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
@@ -17,7 +18,7 @@ from alembic.script import ScriptDirectory
 
 from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.store import migrations
-from deepseek_api_compat.store.base import KeyRecord
+from deepseek_api_compat.store.base import KeyLimits, KeyRecord
 from deepseek_api_compat.store.sql import DATABASE, HEAD, metadata, open_store
 
 RECORD = KeyRecord(id="a", name="alice", role="user", hash=bytes(32), created=1)
@@ -44,6 +45,99 @@ def test_migrations_make_the_schema_that_the_code_uses(tmp_path: Path) -> None:
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     engine.dispose()
+
+
+OLD = [
+    ("a", "alice", "user", bytes(32), 2, 2.5, 1, 1_700_000_000, 4),
+    ("b", "", "admin", b"b" * 32, 1, None, 0, 1, 0),
+]
+
+
+@pytest.fixture
+def first_version(tmp_path: Path) -> Path:
+    """A database as version 0.1 left it, with two keys."""
+    with sqlite3.connect(tmp_path / DATABASE) as connection:
+        connection.execute(
+            "CREATE TABLE keys (id VARCHAR(12) NOT NULL, name VARCHAR(100) NOT NULL,"
+            " role VARCHAR(16) NOT NULL, hash BLOB NOT NULL, version INTEGER NOT NULL, rps FLOAT,"
+            " enabled BOOLEAN NOT NULL, created BIGINT NOT NULL, slot INTEGER NOT NULL,"
+            " PRIMARY KEY (id), UNIQUE (slot))"
+        )
+        connection.execute("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)")
+        connection.execute("INSERT INTO alembic_version VALUES ('0001')")
+        connection.executemany(f"INSERT INTO keys VALUES ({','.join('?' * 9)})", OLD)
+    connection.close()
+    return tmp_path
+
+
+def test_keys_of_the_first_version_stay_what_they_were(first_version: Path) -> None:
+    store = open_store(first_version)
+    assert store.list() == [
+        KeyRecord(id="b", name="", role="admin", hash=b"b" * 32, enabled=False, created=1, slot=0),
+        KeyRecord(
+            id="a",
+            name="alice",
+            role="user",
+            hash=bytes(32),
+            version=2,
+            limits=KeyLimits(rps=2.5),
+            created=1_700_000_000,
+            slot=4,
+        ),
+    ]
+    assert store.create(msgspec.structs.replace(RECORD, id="c", budget=5)).budget == 5
+    store.close()
+    engine = sa.create_engine(f"sqlite:///{first_version / DATABASE}")
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    engine.dispose()
+
+
+def test_an_interrupted_upgrade_leaves_the_first_version(
+    first_version: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_upgrade = migrations.upgrade
+
+    def interrupted(connection: sa.Connection) -> None:
+        real_upgrade(connection)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(migrations, "upgrade", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_store(first_version)
+    monkeypatch.undo()
+    connection = sqlite3.connect(first_version / DATABASE)
+    assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
+    assert connection.execute("SELECT * FROM keys").fetchall() == OLD
+    connection.close()
+    store = open_store(first_version)
+    assert len(store.list()) == 2
+    store.close()
+
+
+def test_processes_that_start_at_the_same_time_upgrade_once(first_version: Path) -> None:
+    program = (
+        "import sys, pathlib; from deepseek_api_compat.store.sql import open_store\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "print([key.id for key in open_store(pathlib.Path(sys.argv[1])).list()])"
+    )
+    openers = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, first_version],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for opener in openers:
+        assert opener.stdout is not None
+        assert opener.stdout.readline() == "ready\n"
+    for opener in openers:
+        assert opener.stdin is not None
+        opener.stdin.write("go\n")
+        opener.stdin.flush()
+    assert [opener.communicate(timeout=20)[0] for opener in openers] == ["['b', 'a']\n"] * 3
 
 
 def test_the_database_is_in_wal_mode_and_private(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ class Gate:
             raise MethodNotAllowed(scope["method"], tuple(route.methods))
         if call.principal is not None:
             try:
-                allowance = self._limiter.admit(call.principal.index, call.principal.rps)
+                allowance = self._limiter.admit(call.principal.index, call.principal.limits.rps)
             except OverRate as error:
                 call.headers += rate_headers(error.allowance)
                 raise

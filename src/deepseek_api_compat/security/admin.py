@@ -11,7 +11,7 @@ from typing import Any, get_args
 from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.security.keys import key_hash, new_key, secret_key
 from deepseek_api_compat.security.master import load_master_key
-from deepseek_api_compat.store.base import KeyRecord, KeyStore, Role
+from deepseek_api_compat.store.base import KeyLimits, KeyRecord, KeyStore, Role
 from deepseek_api_compat.store.datadir import make_data_dir
 from deepseek_api_compat.store.sql import open_store
 
@@ -60,7 +60,7 @@ class KeyAdmin:
                 name=name,
                 role=role,
                 hash=key_hash(self.master, key.encode()),
-                rps=rps,
+                limits=KeyLimits(rps=rps),
                 created=int(time.time()),
             )
         )
@@ -71,7 +71,7 @@ class KeyAdmin:
         return [_shown(record) for record in self.store.list()]
 
     def _set_enabled(self, key: str, enabled: bool) -> dict[str, Any]:
-        changed = self.store.set_enabled(self._find(key).id, bool(enabled))
+        changed = self.store.update(self._find(key).id, {"enabled": bool(enabled)})
         if changed is None:
             raise SetupError(f"The key {key!r} was deleted meanwhile.")
         return _shown(changed)
@@ -128,5 +128,5 @@ def _check(name: object, role: object, rps: object) -> None:
 
 
 def _shown(record: KeyRecord) -> dict[str, Any]:
-    fields = ("id", "name", "role", "rps", "enabled", "created")
-    return {field: getattr(record, field) for field in fields}
+    fields = ("id", "name", "role", "enabled", "created")
+    return {"rps": record.limits.rps, **{field: getattr(record, field) for field in fields}}

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import msgspec
 
 Role = Literal["user", "admin", "metrics"]
+MICRO = 1_000_000  # micro-units in one unit of the configured currency
+
+
+class KeyLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What one key may use. None means the configured default, 0 means no limit.
+
+    rps: requests per second. burst: requests that may come at once. rpm, tpm: requests and tokens per minute.
+    tpd: tokens per UTC day. concurrency: requests at a time.
+    """
+
+    rps: float | None = None
+    burst: int | None = None
+    rpm: int | None = None
+    tpm: int | None = None
+    tpd: int | None = None
+    concurrency: int | None = None
 
 
 class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One API key as it is kept: never the key itself, only its keyed hash.
 
-    `rps` is in requests per second: None means the configured default, 0 means no limit. `created` is in unix
-    seconds. `slot` numbers this key's counters in shared memory: small, unique among living keys, the same
-    for the key's whole life, and given to another key only after this one is deleted.
+    All times are in unix seconds. `models` and `networks` (CIDR strings) list what the key may use and where
+    it may come from; None means all. `budget` is the money it may spend, in micro-units; None means any sum.
+
+    `version` is that of the secret key, and grows with each rotation. Until `old_until` the key before the
+    last rotation (`old_hash`) and tokens signed by its secret (`old_version`) are good too.
+
+    `slot` numbers this key's counters in shared memory: small, unique among living keys, the same for the
+    key's whole life, and given to another key only after this one is deleted.
     """
 
     id: str
@@ -23,10 +44,23 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
     role: Role
     hash: bytes
     version: int = 1
-    rps: float | None = None
+    owner: str = ""
     enabled: bool = True
     created: int
+    expires: int | None = None
+    models: tuple[str, ...] | None = None
+    networks: tuple[str, ...] | None = None
+    limits: KeyLimits = KeyLimits()
+    budget: int | None = None
+    old_hash: bytes | None = None
+    old_version: int | None = None
+    old_until: int | None = None
     slot: int = -1
+
+
+# What an operator may change of a key; the rest changes by rotation, or never.
+_OWN = ("name", "role", "owner", "enabled", "expires", "models", "networks", "budget")
+CHANGEABLE = frozenset({*_OWN, *KeyLimits.__struct_fields__})
 
 
 class KeyStore(Protocol):
@@ -45,12 +79,29 @@ class KeyStore(Protocol):
 
     def get(self, id: str) -> KeyRecord | None: ...
 
-    def set_enabled(self, id: str, enabled: bool) -> KeyRecord | None:
-        """The changed key, or None if there is no such id."""
+    def update(self, id: str, changes: Mapping[str, Any]) -> KeyRecord | None:
+        """Give the fields in `changes` (of CHANGEABLE; each limit is one of its own) new values.
+
+        Other fields keep theirs, even those that another process changes at this moment. The changed key, or
+        None if there is no such id.
+        """
+        ...
+
+    def rotate(self, id: str, hash: bytes, old_until: int) -> KeyRecord | None:
+        """Put `hash` in the place of the key's own, which is good until `old_until`, and count up `version`.
+
+        The changed key, or None if there is no such id. What an earlier rotation had left is gone.
+        """
         ...
 
     def delete(self, id: str) -> bool:
         """False if there is no such id."""
         ...
+
+    def master_id(self) -> str | None:
+        """The id of the master key that the stored hashes were made with; None if none was noted yet."""
+        ...
+
+    def set_master_id(self, id: str) -> None: ...
 
     def close(self) -> None: ...

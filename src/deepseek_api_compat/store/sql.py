@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 
-from deepseek_api_compat.store.base import KeyRecord
+from deepseek_api_compat.store.base import CHANGEABLE, KeyLimits, KeyRecord
 from deepseek_api_compat.store.database import Schema, one_sentence, open_database
 
 DATABASE = "deepseek.db"
-HEAD = "0001"
+HEAD = "0002"
 
 metadata = sa.MetaData()
 
@@ -28,7 +30,19 @@ keys = sa.Table(
     sa.Column("enabled", sa.Boolean, nullable=False),
     sa.Column("created", sa.BigInteger, nullable=False),
     sa.Column("slot", sa.Integer, nullable=False, unique=True),
+    sa.Column("owner", sa.String(200), nullable=False, server_default=""),
+    sa.Column("expires", sa.BigInteger),
+    sa.Column("models", sa.Text),  # a JSON array, as are networks
+    sa.Column("networks", sa.Text),
+    *(sa.Column(name, sa.BigInteger) for name in KeyLimits.__struct_fields__ if name != "rps"),
+    sa.Column("budget", sa.BigInteger),
+    sa.Column("old_hash", sa.LargeBinary(32)),
+    sa.Column("old_version", sa.Integer),
+    sa.Column("old_until", sa.BigInteger),
 )
+
+# One row at most.
+master_key = sa.Table("master_key", metadata, sa.Column("id", sa.String(32), primary_key=True))
 
 _next = sa.union(sa.select(sa.literal(0).label("slot")), sa.select(keys.c.slot + 1)).subquery()
 _free_slot = sa.select(sa.func.min(_next.c.slot)).where(_next.c.slot.not_in(sa.select(keys.c.slot)))
@@ -41,10 +55,11 @@ class SqlStore:
         self._engine = engine
 
     def create(self, record: KeyRecord) -> KeyRecord:
-        values = {name: getattr(record, name) for name in record.__struct_fields__ if name != "slot"}
+        values = _columns(msgspec.structs.asdict(record))
+        values["slot"] = _free_slot.scalar_subquery()
         with self._transaction() as connection:
             # One statement picks the slot and takes it, so two writers can't pick the same.
-            connection.execute(keys.insert().values(**values, slot=_free_slot.scalar_subquery()))
+            connection.execute(keys.insert().values(values))
             return _one(connection, record.id)
 
     def list(self) -> Sequence[KeyRecord]:
@@ -57,14 +72,34 @@ class SqlStore:
             row = connection.execute(keys.select().where(keys.c.id == id)).first()
             return None if row is None else _record(row)
 
-    def set_enabled(self, id: str, enabled: bool) -> KeyRecord | None:
+    def update(self, id: str, changes: Mapping[str, Any]) -> KeyRecord | None:
+        if unknown := set(changes) - CHANGEABLE:
+            raise ValueError(f"not to be changed: {unknown}")
+        return self._change(id, _columns(changes))
+
+    def rotate(self, id: str, hash: bytes, old_until: int) -> KeyRecord | None:
+        moved = {"old_hash": keys.c.hash, "old_version": keys.c.version, "version": keys.c.version + 1}
+        return self._change(id, {**moved, "hash": hash, "old_until": old_until})
+
+    def _change(self, id: str, values: Mapping[str, Any]) -> KeyRecord | None:
         with self._transaction() as connection:
-            changed = connection.execute(keys.update().where(keys.c.id == id).values(enabled=enabled))
-            return _one(connection, id) if changed.rowcount else None
+            if values:
+                connection.execute(keys.update().where(keys.c.id == id).values(values))
+            row = connection.execute(keys.select().where(keys.c.id == id)).first()
+            return None if row is None else _record(row)
 
     def delete(self, id: str) -> bool:
         with self._transaction() as connection:
             return connection.execute(keys.delete().where(keys.c.id == id)).rowcount > 0
+
+    def master_id(self) -> str | None:
+        with self._transaction() as connection:
+            return connection.execute(sa.select(master_key.c.id)).scalar()
+
+    def set_master_id(self, id: str) -> None:
+        with self._transaction() as connection:
+            connection.execute(master_key.delete())
+            connection.execute(master_key.insert().values(id=id))
 
     def close(self) -> None:
         self._engine.dispose()
@@ -88,5 +123,24 @@ def _one(connection: sa.Connection, id: str) -> KeyRecord:
     return _record(connection.execute(keys.select().where(keys.c.id == id)).one())
 
 
+_LISTS = ("models", "networks")
+
+
+def _columns(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a record as the columns of its row: limits one by one, lists as JSON."""
+    values = dict(fields)
+    if "limits" in values:
+        values.update(msgspec.structs.asdict(values.pop("limits")))
+    for name in _LISTS:
+        if values.get(name) is not None:
+            values[name] = msgspec.json.encode(values[name]).decode()
+    return values
+
+
 def _record(row: sa.Row[tuple[object, ...]]) -> KeyRecord:
-    return KeyRecord(**row._mapping)
+    values: dict[str, Any] = dict(row._mapping)
+    values["limits"] = KeyLimits(**{name: values.pop(name) for name in KeyLimits.__struct_fields__})
+    for name in _LISTS:
+        if values[name] is not None:
+            values[name] = msgspec.json.decode(values[name], type=tuple[str, ...])
+    return KeyRecord(**values)
