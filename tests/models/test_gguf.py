@@ -4,18 +4,48 @@ import struct
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deepseek_api_compat.errors import ModelError
 from deepseek_api_compat.models import gguf
+from fakes.tiny_gguf import write_gguf
 
 
 def test_header_says_what_the_model_is(tiny_gguf: Path) -> None:
     assert gguf.inspect(tiny_gguf) == gguf.Header(
-        architecture="llama", name="Tiny", context_length=128, file_type=3, chat_template=True, tensors=2
+        architecture="llama",
+        name="Tiny",
+        context_length=128,
+        file_type=3,
+        chat_template="{{ messages }}",
+        tensors=2,
     )
+
+
+def test_its_control_tokens(tmp_path: Path, weights: np.ndarray) -> None:
+    path = write_gguf(
+        tmp_path / "tokens.gguf",
+        weights,
+        GGMLQuantizationType.Q4_0,
+        control=["<s>", "<｜User｜>"],
+        user_defined=["<think>"],
+        fim=[3, 4, 5],
+    )
+    assert gguf.vocabulary(path) == gguf.Vocabulary(
+        kind="gpt2", control={"<s>": 3, "<｜User｜>": 4}, user_defined={"<think>": 5}, fim=(3, 4, 5)
+    )
+
+
+def test_a_file_without_tokens(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "empty.gguf", "clip")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert gguf.vocabulary(tmp_path / "empty.gguf") == gguf.Vocabulary("", {}, {})
 
 
 def test_a_file_cut_short_anywhere_is_refused(tiny_gguf: Path) -> None:
@@ -42,8 +72,9 @@ def test_damage_never_gets_past_as_another_error(tiny_gguf: Path, data: st.DataO
     at = data.draw(st.integers(0, len(whole) - 8))
     whole[at : at + 8] = data.draw(st.binary(min_size=8, max_size=8) | st.just(b"\xff" * 8))
     damaged.write_bytes(whole)
-    with suppress(ModelError):  # or it reads: the damage hit a value
-        gguf.inspect(damaged)
+    for read in (gguf.inspect, gguf.vocabulary):
+        with suppress(ModelError):  # or it reads: the damage hit a value
+            read(damaged)
 
 
 @pytest.mark.parametrize(

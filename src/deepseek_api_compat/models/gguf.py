@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file: what the model is, and whether the file is whole.
+"""Reads the header of a GGUF file: what the model is, whether the file is whole, its control tokens.
 
 Format: ggml's `docs/gguf.md`. Everything is little-endian; tensor data is only measured, never read, so
 this takes milliseconds for any size of model (the `gguf` package takes seconds for a vocabulary).
@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import mmap
 import struct
+import sys
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -17,8 +21,13 @@ from deepseek_api_compat.errors import ModelError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _U64 = struct.Struct("<Q")
-# Values that are kept; all others are skipped over.
+# Values that are kept; all others are skipped over. Of an array its place is kept.
 _KEPT = {"general.architecture", "general.name", "general.file_type", "general.alignment", "split.count"}
+_KEPT |= {"tokenizer.chat_template", "tokenizer.ggml.model"}
+_TOKENS, _TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+_FIM = tuple(f"tokenizer.ggml.fim_{part}_token_id" for part in ("pre", "suf", "mid"))
+_KEPT.update(_FIM)
+_CONTROL, _USER_DEFINED = 3, 4  # llama.h `llama_token_type`
 
 # ggml tensor type -> (weights in a block, bytes in a block); ggml.c `type_traits`.
 _BLOCKS = {
@@ -35,15 +44,30 @@ class Header(msgspec.Struct, frozen=True):
 
     file_type: ggml's number of the main quantisation (2: Q4_0, 15: Q4_K_M), or None.
     context_length: tokens it was trained for, or None. split_count: files the model is split into.
+    chat_template: Jinja source, or None.
     """
 
     architecture: str
     name: str
     context_length: int | None
     file_type: int | None
-    chat_template: bool
+    chat_template: str | None
     tensors: int
     split_count: int = 1
+
+
+class Vocabulary(msgspec.Struct, frozen=True):
+    """The tokens of a GGUF file that are not pieces of text. Ids by spelling.
+
+    kind: ggml's name of the tokenizer ("gpt2": byte-level BPE, "llama": SentencePiece), "" if it has none.
+    user_defined: such as llama.cpp makes of their spelling in any text, whatever it is told.
+    fim: ids of the tokens in front of prefix, suffix and gap of a text to fill in, or None.
+    """
+
+    kind: str
+    control: dict[str, int]
+    user_defined: dict[str, int]
+    fim: tuple[int, int, int] | None = None
 
 
 class _Broken(Exception):
@@ -52,12 +76,24 @@ class _Broken(Exception):
 
 def inspect(path: Path) -> Header:
     """The header of the file. Raises ModelError if it is no GGUF, damaged, or shorter than it should be."""
+    with _reader(path) as reader:
+        return reader.header()
+
+
+def vocabulary(path: Path) -> Vocabulary:
+    """The control tokens of the file; some 20 ms for 130,000 tokens. Raises ModelError, as `inspect`."""
+    with _reader(path) as reader:
+        return reader.vocabulary()
+
+
+@contextmanager
+def _reader(path: Path) -> Iterator[_Reader]:
     try:
         with path.open("rb") as file:
             if not file.read(1):
                 raise _Broken("it is empty")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(data).header()
+                yield _Reader(data)
     except OSError as error:
         raise ModelError(f"Can't read the model file {path}: {error.strerror}.") from None
     except _Broken as error:
@@ -72,14 +108,7 @@ class _Reader:
         self._at = 0
 
     def header(self) -> Header:
-        if self._data[:4] != b"GGUF":
-            raise _Broken("it does not start with the letters GGUF")
-        self._at = 4
-        version = self._scalar("I")
-        if version not in (2, 3):
-            raise _Broken(f"its format version is {version}, and only 2 and 3 are known")
-        tensors, pairs = self._scalar("Q"), self._scalar("Q")
-        values = dict(self._pair() for _ in range(pairs))
+        tensors, values = self._values()
         end = self._tensor_bytes(tensors)
         alignment = msgspec.convert(values.get("general.alignment", 32), int) or 32
         start = -(-self._at // alignment) * alignment
@@ -87,6 +116,33 @@ class _Reader:
         if len(self._data) < whole:
             raise _Broken(f"it is cut short, {len(self._data):,} of {whole:,} bytes are there")
         return self._as_header(values, tensors)
+
+    def vocabulary(self) -> Vocabulary:
+        _, values = self._values()
+        places = [msgspec.convert(values.get(key, 0), int) for key in (_TOKENS, _TOKEN_TYPES)]
+        found: dict[int, dict[str, int]] = {_CONTROL: {}, _USER_DEFINED: {}}
+        if all(places):
+            types = self._types(places[1])
+            for id, text in self._strings(places[0], {id for id, type in enumerate(types) if type in found}):
+                found[types[id]][text] = id
+        fim = [values.get(key) for key in _FIM]
+        return Vocabulary(
+            kind=str(values.get("tokenizer.ggml.model", "")),
+            control=found[_CONTROL],
+            user_defined=found[_USER_DEFINED],
+            fim=None if None in fim else msgspec.convert(fim, tuple[int, int, int]),
+        )
+
+    def _values(self) -> tuple[int, dict[str, object]]:
+        """The number of tensors, and what is kept of the metadata; then the table of tensors is next."""
+        if self._data[:4] != b"GGUF":
+            raise _Broken("it does not start with the letters GGUF")
+        self._at = 4
+        version = self._scalar("I")
+        if version not in (2, 3):
+            raise _Broken(f"its format version is {version}, and only 2 and 3 are known")
+        tensors, pairs = self._scalar("Q"), self._scalar("Q")
+        return tensors, dict(self._pair() for _ in range(pairs))
 
     def _as_header(self, values: dict[str, object], tensors: int) -> Header:
         architecture = str(values.get("general.architecture", ""))
@@ -98,7 +154,7 @@ class _Reader:
                 "name": str(values.get("general.name", "")),
                 "context_length": values.get(f"{architecture}.context_length"),
                 "file_type": values.get("general.file_type"),
-                "chat_template": "tokenizer.chat_template" in values,
+                "chat_template": values.get("tokenizer.chat_template"),
                 "tensors": tensors,
                 "split_count": values.get("split.count") or 1,
             },
@@ -109,8 +165,9 @@ class _Reader:
         key, kind = self._string(), self._scalar("I")
         if key in _KEPT or key.endswith(".context_length"):
             return key, self._string() if kind == _STRING else self._scalar(_SCALARS[kind])
+        place = self._at
         self._skip(kind)
-        return key, None
+        return key, place if kind == _ARRAY else None
 
     def _skip(self, kind: int) -> None:
         if kind == _STRING:
@@ -130,6 +187,31 @@ class _Reader:
         for _ in range(count):
             at += 8 + length(data, at)[0]
         self._at = at
+
+    def _types(self, place: int) -> array[int]:
+        self._at = place
+        kind, count = self._scalar("I"), self._scalar("Q")
+        types = array("i")
+        if _SCALARS.get(kind) not in ("i", "I") or types.itemsize != 4:
+            raise _Broken("its token types are not 32-bit integers")
+        if 4 * count > len(self._data) - self._at:
+            raise _Broken("its header is damaged or cut short")
+        types.frombytes(self._data[self._at : self._at + 4 * count])
+        if sys.byteorder == "big":
+            types.byteswap()
+        return types
+
+    def _strings(self, place: int, wanted: set[int]) -> Iterator[tuple[int, str]]:
+        """Those strings of an array that are wanted, with their index."""
+        self._at = place
+        kind, count = self._scalar("I"), self._scalar("Q")
+        if kind != _STRING:
+            raise _Broken("its tokens are not strings")
+        last = -1
+        for index in sorted(index for index in wanted if index < count):
+            self._skip_strings(index - last - 1)
+            yield index, self._string()
+            last = index
 
     def _tensor_bytes(self, count: int) -> int:
         """Reads the table of tensors; returns where the last one ends, counted from the start of the data."""
