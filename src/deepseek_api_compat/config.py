@@ -96,7 +96,7 @@ class ModelSettings(Section, frozen=True):
 
     name: str
     aliases: list[str] = []
-    format: Literal["auto", "template"] = "auto"
+    format: Literal["auto", "template", "v3", "v3-0324", "r1", "v3.1", "v3.2", "v4", "v4.1"] = "auto"
     profile: Literal["openai", "deepseek"] = "openai"
     temperature: float = 1.0
     top_p: float = 1.0

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import re
+from typing import get_args, get_type_hints
 
 import pytest
 
-from deepseek_api_compat.config import DEFAULT_MODEL
+from deepseek_api_compat.config import DEFAULT_MODEL, ModelSettings
 from deepseek_api_compat.models import catalogue
 from deepseek_api_compat.models.catalogue import CATALOGUE, Entry, Repository, Wheel
+from deepseek_api_compat.protocol.deepseek.detect import REQUIRED
 
 HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -46,3 +48,11 @@ def test_the_deepseek_family_comes_from_deepseek() -> None:
     for entry in family:
         assert isinstance(entry.source, Repository)
         assert entry.source.repo.lower() == f"deepseek-ai/{entry.name}"
+
+
+def test_every_model_has_a_format_that_can_be_configured() -> None:
+    known = get_args(get_type_hints(ModelSettings)["format"])
+    assert set(known) == {"auto", "template", *REQUIRED}
+    for entry in CATALOGUE:
+        assert (entry.format is not None) == bool(entry.runs_on), entry.name
+        assert entry.format is None or entry.format in known

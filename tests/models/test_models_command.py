@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from deepseek_api_compat.cli import models
@@ -100,3 +101,59 @@ def test_a_huge_model_is_asked_about_first(fake_hub: FakeHub) -> None:
 def test_an_unknown_name_lists_the_known(command: str) -> None:
     with pytest.raises(ModelError, match=f"no model 'gpt-9' in the catalogue; it has: {DEFAULT_MODEL}, "):
         run(command, "gpt-9")
+
+
+def test_the_list_says_which_format_each_model_speaks(
+    small: Entry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def formats() -> dict[str, str | None]:
+        run("list", "--json")
+        return {one["name"]: one["format"] for one in json.loads(capsys.readouterr().out)}
+
+    assert formats()["small"] is None  # nothing is known, nothing is here
+    run("pull", "small")
+    capsys.readouterr()
+    assert formats()["small"] == "template"
+    assert formats()["deepseek-r1-0528-qwen3-8b"] == "r1"
+    assert formats()["deepseek-v3-tokenizer"] is None
+    run("list")
+    row = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("small "))
+    assert "template" in row
+
+
+def test_the_files_of_a_model_that_is_ready_are_believed(
+    small: Entry, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("pull", "small")
+    monkeypatch.setattr(models, "CATALOGUE", (msgspec.structs.replace(small, format="v3"),))
+    capsys.readouterr()
+    run("list", "--json")
+    assert json.loads(capsys.readouterr().out)[0]["format"] == "template"
+
+
+def test_show_says_why(small: Entry, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("pull", "small")
+    capsys.readouterr()
+    assert run("show", "small") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"files              {cache}/models/small/s.gguf",
+        "architecture       llama",
+        "context            128 tokens",
+        "format             template, because its chat template is not one of DeepSeek's",
+        "control tokens     1",
+        "fill-in tokens     not given",
+    ]
+
+
+def test_show_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v32"}')
+    assert run("show", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert "v3.2, because it has no chat template; its architecture is deepseek_v32" in shown
+    assert "context            not given" in shown
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3-tokenizer", "none.gguf"])
+def test_show_of_what_is_not_here(name: str) -> None:
+    with pytest.raises(ModelError):
+        run("show", name)

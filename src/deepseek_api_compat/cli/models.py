@@ -1,4 +1,4 @@
-"""`deepseek-api models`: what there is, fetching it, deleting it."""
+"""`deepseek-api models`: what there is, fetching it, deleting it, what its files say."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from deepseek_api_compat.errors import ModelError
-from deepseek_api_compat.models import catalogue, prepared, shelf
+from deepseek_api_compat.models import catalogue, checkpoint, prepared, shelf
 from deepseek_api_compat.models.catalogue import CATALOGUE, Entry
 from deepseek_api_compat.models.progress import Progress, size
 
@@ -27,8 +28,8 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add `models`; each of its commands sets `run`, a function from the arguments to the exit code."""
     parser = subparsers.add_parser(
         "models",
-        help="list, fetch and delete models",
-        description="See which models there are, fetch them by name, delete them.",
+        help="list, fetch, inspect and delete models",
+        description="See which models there are, fetch them by name, look at their files, delete them.",
         epilog=_EPILOG,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -48,6 +49,14 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     command.add_argument("--yes", action="store_true", help="fetch even more than 50 GB")
     command.set_defaults(run=_pull)
+
+    command = commands.add_parser("show", help="what a model's files say, and which format that makes it")
+    command.add_argument(
+        "model",
+        metavar="PATH_OR_NAME",
+        help="a GGUF file, a folder with a model, or the name of a fetched one",
+    )
+    command.set_defaults(run=_show)
 
     command = commands.add_parser("rm", help="delete a fetched model")
     command.add_argument("name", metavar="NAME", help="a name that 'models list' shows as ready")
@@ -79,6 +88,33 @@ def _pull(args: argparse.Namespace) -> int:
     return 0
 
 
+def _show(args: argparse.Namespace) -> int:
+    path = _files_of(args.model)
+    files = checkpoint.read(path)
+    context = "not given" if files.context is None else f"{files.context:,} tokens"
+    rows = {
+        "files": str(path),
+        "architecture": files.architecture,
+        "context": context,
+        "format": f"{files.format}, because {files.why}",
+        "control tokens": str(len(files.controls)),
+        "fill-in tokens": ", ".join(map(str, files.fim)) if files.fim else "not given",
+    }
+    print("\n".join(f"{name:<19}{value}" for name, value in rows.items()))
+    return 0
+
+
+def _files_of(path_or_name: str) -> Path:
+    """A GGUF file, or a folder as Hugging Face lays it out. Raises ModelError."""
+    path = Path(path_or_name).expanduser()
+    entry = next((entry for entry in CATALOGUE if entry.name == path_or_name), None)
+    if not path.exists() and entry and not entry.embedded and entry.runs_on and shelf.ready(entry.name):
+        path = prepared.location(entry)
+    if (path / "config.json").is_file() and not any(path.glob("*.gguf")):
+        return path
+    return prepared.resolve(path_or_name)
+
+
 def _rm(args: argparse.Namespace) -> int:
     entry = catalogue.find(args.name)
     freed = shelf.remove(entry.name, Progress())
@@ -88,8 +124,18 @@ def _rm(args: argparse.Namespace) -> int:
 
 def _fields(entry: Entry) -> dict[str, Any]:
     ready = shelf.ready(entry.name)
-    fields: dict[str, Any] = msgspec.to_builtins(entry)
+    fields: dict[str, Any] = {**msgspec.to_builtins(entry), "format": _format(entry, ready)}
     return {**fields, "ready": ready, "path": str(prepared.location(entry)) if ready else None}
+
+
+def _format(entry: Entry, ready: bool) -> str | None:
+    """What the files say if they are here, else what is known of the model."""
+    if not ready or not entry.runs_on:
+        return entry.format
+    try:
+        return checkpoint.read(prepared.location(entry)).format
+    except ModelError:  # a half-deleted folder: the list must still be told
+        return entry.format
 
 
 _HERE, _GPUS, _TOKENIZERS = (
@@ -97,7 +143,7 @@ _HERE, _GPUS, _TOKENIZERS = (
     "DeepSeek, for GPU servers (vLLM or SGLang)",
     "Tokenizers",
 )
-_HEADINGS = ("NAME", "SIZE", "LICENCE", "STATE", "GOOD FOR; NEEDS; WHERE FROM")
+_HEADINGS = ("NAME", "SIZE", "LICENCE", "FORMAT", "STATE", "GOOD FOR; NEEDS; WHERE FROM")
 
 
 def _table(width: int) -> Iterator[str]:
@@ -117,16 +163,17 @@ def _group(entry: Entry) -> str:
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
-    state = "ready" if shelf.ready(entry.name) else "—"
+    ready = shelf.ready(entry.name)
     about = f"{entry.good_for}; needs {entry.needs}; from {entry.source.where}"
-    return entry.name, size(entry.bytes), entry.licence.split(" (")[0], state, about
+    licence, format = entry.licence.split(" (")[0], _format(entry, ready) or "—"
+    return entry.name, size(entry.bytes), licence, format, "ready" if ready else "—", about
 
 
 def _line(row: tuple[str, ...], widths: list[int], width: int) -> Iterator[str]:
     *cells, about = row
     start = "  ".join(f"{cell:<{wide}}" for cell, wide in zip(cells, widths, strict=True)) + "  "
     room = width - len(start)
-    if width and room < 24:  # too narrow for a fifth column: put it below
+    if width and room < 24:  # too narrow for the last column: put it below
         yield start.rstrip()
         yield from textwrap.wrap(about, width, initial_indent="    ", subsequent_indent="    ")
     else:

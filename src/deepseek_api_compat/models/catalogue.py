@@ -48,7 +48,10 @@ class Repository(msgspec.Struct, frozen=True, tag="hub"):
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """A model or tokenizer. `runs_on` names the kinds of engine that can serve it (none for tokenizers)."""
+    """A model or tokenizer. `runs_on` names the kinds of engine that can serve it (none for tokenizers).
+
+    format: how its prompts are written, one of DeepSeek's or "template" (none for tokenizers).
+    """
 
     name: str
     licence: str
@@ -58,6 +61,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     needs: str
     runs_on: tuple[Literal["llamacpp", "vllm", "sglang"], ...] = ()
     parameters: str | None = None
+    format: str | None = None
 
     @property
     def embedded(self) -> bool:
@@ -86,11 +90,19 @@ def _distill(name: str, repo: str, sha256: str, size: int, parameters: str, base
         good_for=f"DeepSeek-R1's reasoning in a small model (distilled into {base.split(',')[0]}), Q4_K_M",
         needs=f"a laptop with {memory} of free memory",
         runs_on=("llamacpp",),
+        format="r1",
     )
 
 
 def _deepseek(
-    name: str, repo: str, size: int, parameters: str, good_for: str, needs: str, licence: str = "MIT"
+    name: str,
+    repo: str,
+    format: str,
+    size: int,
+    parameters: str,
+    good_for: str,
+    needs: str,
+    licence: str = "MIT",
 ) -> Entry:
     return Entry(
         name=name,
@@ -101,6 +113,7 @@ def _deepseek(
         good_for=good_for,
         needs=needs,
         runs_on=("vllm", "sglang"),
+        format=format,
     )
 
 
@@ -128,6 +141,7 @@ CATALOGUE: tuple[Entry, ...] = (
         good_for="the default: trying the service out; a small English-only stand-in, not a DeepSeek model",
         needs="any machine with 1 GB of free memory",
         runs_on=("llamacpp",),
+        format="template",
     ),
     _distill(
         "deepseek-r1-distill-qwen-1.5b",
@@ -168,6 +182,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _deepseek(
         "deepseek-v3",
         "DeepSeek-V3",
+        "v3",
         _V3_BYTES,
         _V3_SIZE,
         "general chat, code and maths; the first V3 (December 2024)",
@@ -177,6 +192,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _deepseek(
         "deepseek-v3-0324",
         "DeepSeek-V3-0324",
+        "v3-0324",
         _V3_BYTES,
         _V3_SIZE,
         "general chat, code and tool calls; V3 with better post-training (March 2025)",
@@ -185,6 +201,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _deepseek(
         "deepseek-r1",
         "DeepSeek-R1",
+        "r1",
         _V3_BYTES,
         _V3_SIZE,
         "reasoning: thinks before it answers (January 2025)",
@@ -193,6 +210,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _deepseek(
         "deepseek-r1-0528",
         "DeepSeek-R1-0528",
+        "r1",
         _V3_BYTES,
         _V3_SIZE,
         "reasoning: deeper thinking, fewer hallucinations than R1 (May 2025)",
@@ -201,6 +219,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _deepseek(
         "deepseek-v3.1",
         "DeepSeek-V3.1",
+        "v3.1",
         _V3_BYTES,
         _V3_SIZE,
         "chat and reasoning in one model, chosen per request; tools and agents (August 2025)",
@@ -209,6 +228,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _deepseek(
         "deepseek-v3.1-terminus",
         "DeepSeek-V3.1-Terminus",
+        "v3.1",
         _V3_BYTES,
         _V3_SIZE,
         "as V3.1, steadier language and agents (September 2025)",
@@ -217,6 +237,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _deepseek(
         "deepseek-v3.2-exp",
         "DeepSeek-V3.2-Exp",
+        "v3.1",  # the template is V3.1's
         _V3_BYTES,
         _V3_SIZE,
         "long contexts at lower cost: sparse attention, experimental (September 2025)",
@@ -225,6 +246,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _deepseek(
         "deepseek-v3.2",
         "DeepSeek-V3.2",
+        "v3.2",
         _V3_BYTES,
         _V3_SIZE,
         "chat, reasoning and agents with sparse attention (December 2025)",
@@ -233,6 +255,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _deepseek(
         "deepseek-v4-flash",
         "DeepSeek-V4-Flash",
+        "v4",
         160 * GB,
         "284B, 13B active",
         "fast chat and reasoning, up to 1M tokens of context (April 2026)",
@@ -241,6 +264,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _deepseek(
         "deepseek-v4-pro",
         "DeepSeek-V4-Pro",
+        "v4",
         865 * GB,
         "1.6T, 49B active",
         "the strongest of the V4 preview, up to 1M tokens of context (April 2026)",
@@ -249,6 +273,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _deepseek(
         "deepseek-v4.1-flash",
         "DeepSeek-V4.1-Flash",
+        "v4.1",
         511 * GB,
         "552B, 8B to 16B active, and 196B of n-gram memory",
         "chat, reasoning, agents and images, up to 1M tokens of context (September 2026)",
