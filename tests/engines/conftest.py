@@ -1,4 +1,4 @@
-"""A real engine with the default model, started once for all tests that ask for it."""
+"""Real engines, each started once for all tests: the default model, and one with DeepSeek's vocabulary."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from deepseek_api_compat.engines.base import Endpoint
-from deepseek_api_compat.engines.llamacpp import LlamaCpp
+from deepseek_api_compat.engines.llamacpp import LlamaCpp, with_files
+from fakes.tiny_gguf import write_deepseek
+
+TEMPLATES = Path(__file__).parents[1] / "golden" / "templates"
 
 
 @pytest.fixture(scope="session")
@@ -41,10 +45,48 @@ def socket_path() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def engine_endpoint(model_path: Path) -> Iterator[Endpoint]:
     """A llama.cpp server with 8 slots of 1024 tokens."""
+    with served(model_path, slots=8, context=1024) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def v3_tokenizer_path() -> Path:
+    from deepseek_api_compat.models import catalogue, prepared
+
+    return prepared.pull(catalogue.find("deepseek-v3-tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def deepseek_model(v3_tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights with DeepSeek-V3's vocabulary and a template of V3.1's kind."""
+    template = (TEMPLATES / "v3.1.jinja").read_text(encoding="utf-8")
+    return write_deepseek(tmp_path_factory.mktemp("deepseek") / "tiny.gguf", v3_tokenizer_path, template)
+
+
+@pytest.fixture(scope="session")
+def deepseek_endpoint(deepseek_model: Path) -> Iterator[Endpoint]:
+    """A llama.cpp server with that model, and 2 slots of 2048 tokens."""
+    with served(deepseek_model, slots=2, context=2048) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+async def deepseek_engine(deepseek_model: Path, deepseek_endpoint: Endpoint) -> AsyncIterator[LlamaCpp]:
+    """It, with what its files say of the model."""
+    stranger = LlamaCpp(deepseek_endpoint)
+    engine = LlamaCpp(deepseek_endpoint, known=with_files(await stranger.info(), deepseek_model))
+    yield engine
+    await stranger.close()
+    await engine.close()
+
+
+@contextmanager
+def served(model: Path, *, slots: int, context: int) -> Iterator[Endpoint]:
+    """A llama.cpp server, up."""
     with tempfile.TemporaryDirectory(prefix="engine-") as directory:
         path = f"{directory}/e.sock"
         program = [sys.executable, "-m", "deepseek_api_compat.engines.llamacpp_server"]
-        options = [f"--model={model_path}", f"--socket={path}", "--slots=8", "--context=1024"]
+        options = [f"--model={model}", f"--socket={path}", f"--slots={slots}", f"--context={context}"]
         options.append("--threads=1")  # steady on a busy machine
         with subprocess.Popen(program + options, stderr=subprocess.DEVNULL) as process:
             try:

@@ -35,8 +35,9 @@ class ModelInfo(msgspec.Struct, frozen=True):
     context: tokens that one request may use, prompt and answer together.
     slots: requests that it generates for at the same time.
     chat_template: Jinja source, or None. bos/eos: the text of those tokens ("" if none).
-    controls: ids of the control tokens, by spelling. format: how the model's prompts are written, as its
-    files say ("v3.1", ..., or "template").
+    controls: ids of the control tokens, by spelling. eager: those that the engine's tokenizer makes of their
+    spelling even in plain text. format: how the model's prompts are written, as its files say ("v3.1", ...,
+    or "template").
     """
 
     context: int
@@ -45,6 +46,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     bos: str = ""
     eos: str = ""
     controls: dict[str, int] = {}
+    eager: list[str] = []
     format: str = "template"
 
 
@@ -64,8 +66,8 @@ class TokenEngine(Protocol):
     async def encode(self, segments: Sequence[Segment]) -> list[int]:
         """Token ids of a prompt: special segments as their control tokens, all other text as text.
 
-        Text between two control tokens is encoded as one. Raises ModelError for a control token that the
-        model doesn't have.
+        Text between two control tokens is encoded as one. A control token that the model doesn't have is
+        text, as it is for the model's own tokenizer.
         """
         ...
 

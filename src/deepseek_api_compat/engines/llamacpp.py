@@ -1,5 +1,9 @@
 """llama.cpp's HTTP server as a token engine, and as a managed process.
 
+A control token can't be spelled by accident: prompts go to the server as ids and texts, and where it would
+make a token of a text all the same, the text is cut (`plain_text`). SentencePiece models get a space in
+front of each text, behind control tokens and cuts too; that is llama.cpp's way with them.
+
 Three things that llama.cpp keeps to itself are found out here:
 
 - The bytes of a character that spans several tokens come with the last of them, and only that one is
@@ -12,10 +16,10 @@ Three things that llama.cpp keeps to itself are found out here:
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,9 +30,11 @@ from deepseek_api_compat.engines import llamacpp_wire as wire
 from deepseek_api_compat.engines import llguidance
 from deepseek_api_compat.engines.base import Endpoint, ModelInfo, TokenEngine
 from deepseek_api_compat.engines.lifeline import Lifeline
+from deepseek_api_compat.engines.plain_text import PlainText
 from deepseek_api_compat.engines.process import ManagedProcess
 from deepseek_api_compat.engines.upstream import Upstream
 from deepseek_api_compat.errors import ConfigError, EngineFailed, InvalidRequest, ModelError
+from deepseek_api_compat.models import checkpoint
 from deepseek_api_compat.protocol.grammar import Grammar
 from deepseek_api_compat.protocol.job import Job, Piece
 from deepseek_api_compat.protocol.segment import Segment
@@ -43,17 +49,26 @@ REMEMBERED = 4096  # spellings and grammars kept
 class LlamaCpp:
     """A `TokenEngine` over one llama.cpp server.
 
+    known: what is known of its model. The server doesn't tell which control tokens there are, and it can't
+    be asked about those that it makes of plain text too.
+
     Errors, beyond what `TokenEngine` promises: what the server refuses is InvalidRequest with its words,
     a prompt beyond the context ContextTooLong, "still loading" EngineUnavailable.
     """
 
     def __init__(
-        self, endpoint: Endpoint, *, connect_timeout: float = 5.0, read_timeout: float = 600.0
+        self,
+        endpoint: Endpoint,
+        *,
+        known: ModelInfo | None = None,
+        connect_timeout: float = 5.0,
+        read_timeout: float = 600.0,
     ) -> None:
         self._upstream = Upstream(endpoint, connect_timeout=connect_timeout, read_timeout=read_timeout)
-        self._controls: dict[str, int] = {}
+        self._known = known is not None and bool(known.controls)  # all control tokens are
+        self._controls: dict[str, int | None] = dict(known.controls) if known else {}
+        self._plain = PlainText(known.eager if known else ())
         self._spellings: dict[str, list[int]] = {}
-        self._lacking: set[str] = set()  # control tokens that the model has not
         self._forcing: dict[bytes, bool] = {}  # by grammar
 
     async def info(self) -> ModelInfo:
@@ -70,29 +85,34 @@ class LlamaCpp:
         )
 
     async def tokenize(self, text: str, *, special: bool) -> list[int]:
-        body = {"content": text, "parse_special": special, "add_special": False}
-        return (await self._post("/tokenize", body, wire.Tokens)).tokens
+        return await self._ids([text] if special else self._plain.parts(text), special=special)
 
     async def encode(self, segments: Sequence[Segment]) -> list[int]:
-        # One call for all: the server takes ids and texts mixed.
         parts: list[int | str] = []
-        for special, run in groupby(segments, key=lambda segment: segment.special):
-            if special:
-                parts += [await self._control(segment.text) for segment in run]
+        texts: list[str] = []
+        for segment in segments:
+            id = await self._control(segment.text) if segment.special else None
+            if id is None:
+                texts.append(segment.text)
             else:
-                parts.append("".join(segment.text for segment in run))
-        body = {"content": parts, "parse_special": False, "add_special": False}
+                parts += self._plain.parts("".join(texts))
+                parts.append(id)
+                texts = []
+        parts += self._plain.parts("".join(texts))
+        return await self._ids(parts, special=False)
+
+    async def _ids(self, parts: Sequence[int | str], *, special: bool) -> list[int]:
+        # One call for all: the server takes ids and texts mixed.
+        body = {"content": parts, "parse_special": special, "add_special": False}
         return (await self._post("/tokenize", body, wire.Tokens)).tokens if parts else []
 
-    async def _control(self, spelling: str) -> int:
-        """The id of a control token. Raises ModelError if the model has none of that spelling."""
-        id = self._controls.get(spelling)
-        if id is None:
+    async def _control(self, spelling: str) -> int | None:
+        """The id of a control token, or None if the model has none of that spelling."""
+        if spelling not in self._controls and not self._known:
             ids = await self.tokenize(spelling, special=True)
-            if len(ids) != 1 or ids == await self.tokenize(spelling, special=False):
-                raise ModelError(f"The model has no control token {spelling}; is its format another one?")
-            id = self._controls[spelling] = ids[0]
-        return id
+            one = len(ids) == 1 and ids != await self.tokenize(spelling, special=False)
+            self._controls[spelling] = ids[0] if one else None
+        return self._controls.get(spelling)
 
     async def detokenize(self, ids: list[int]) -> str:
         return (await self._post("/detokenize", {"tokens": ids}, wire.Content)).content
@@ -158,13 +178,8 @@ class LlamaCpp:
 
     async def _grammar_controls(self, grammar: Grammar) -> dict[str, int]:
         """The ids of those control tokens of the grammar that the model has."""
-        found = {}
-        for spelling in llguidance.spellings(grammar) - self._lacking:
-            try:
-                found[spelling] = await self._control(spelling)
-            except ModelError:
-                self._lacking.add(spelling)
-        return found
+        found = {spelling: await self._control(spelling) for spelling in llguidance.spellings(grammar)}
+        return {spelling: id for spelling, id in found.items() if id is not None}
 
     async def _spells_controls(self, text: str) -> bool:
         return await self.tokenize(text, special=True) != await self.tokenize(text, special=False)
@@ -201,6 +216,24 @@ async def ready(engine: TokenEngine) -> ModelInfo:
     return info
 
 
+def with_files(info: ModelInfo, model: Path) -> ModelInfo:
+    """`info`, and what the engine doesn't tell but the model's files do. Raises EngineFailed.
+
+    The template too, because where a model has none the engine tells one of its own.
+    """
+    try:
+        files = checkpoint.read(model)
+    except ModelError as error:
+        raise EngineFailed(str(error)) from None
+    return msgspec.structs.replace(
+        info,
+        chat_template=files.chat_template,
+        controls=files.controls,
+        eager=files.eager,
+        format=files.format,
+    )
+
+
 def managed(
     settings: EngineSettings,
     *,
@@ -235,7 +268,7 @@ def managed(
     async def is_ready() -> ModelInfo:
         engine = LlamaCpp(Endpoint(uds=str(socket)))
         try:
-            return await ready(engine)
+            return await asyncio.to_thread(with_files, await ready(engine), model_path)
         finally:
             await engine.close()
 
