@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from deepseek_api_compat.protocol.deepseek.output_dsml import DsmlParser
 from deepseek_api_compat.protocol.deepseek.output_markers import V3, V31, MarkerParser
+from deepseek_api_compat.protocol.deepseek.output_reader import STARTS
+from deepseek_api_compat.protocol.output import Parser
 
 _LAYOUTS = {"v3": V3, "v3-tools": V3, "r1": V3, "v3.1": V31}
 _DSML = ("v3.2", "v4", "v4.1")
@@ -26,32 +28,19 @@ def parser(
     tools: list[str],
     index: int = 0,
     new_id: Callable[[], str] = call_id,
-) -> MarkerParser:
+) -> Parser:
     """The parser of one choice; one of `FORMATS`, else ValueError.
 
-    start: where the prompt left off: "content" or "reasoning", or either with "_continuation".
+    start: where the prompt left off, one of `STARTS`, else ValueError; see `protocol.segment.Prompt`.
     tools: names of the declared tools. Calls of others are reported too: the client decides.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}.")
-    if start.removesuffix("_continuation") not in ("content", "reasoning", "tool_calls"):
-        raise ValueError(f"start must be content or reasoning, not {start!r}.")
+    if start not in STARTS:
+        raise ValueError(f"start must be one of {', '.join(STARTS)}, not {start!r}.")
     if format in _DSML:
-        parser = DsmlParser(
-            trim=format != "v3.2",
-            continued=start.endswith("_continuation"),
-            reasoning=start.startswith("reasoning"),
-            tools_declared=tools_declared,
-            index=index,
-            new_id=new_id,
+        return DsmlParser(
+            trim=format != "v3.2", start=start, tools_declared=tools_declared, index=index, new_id=new_id
         )
-        if start == "tool_calls":
-            parser.in_block()
-        return parser
-    return MarkerParser(
-        _LAYOUTS[format],
-        reasoning=start.startswith("reasoning"),
-        tools_declared=tools_declared,
-        index=index,
-        new_id=new_id,
-    )
+    layout = _LAYOUTS[format]
+    return MarkerParser(layout, start=start, tools_declared=tools_declared, index=index, new_id=new_id)

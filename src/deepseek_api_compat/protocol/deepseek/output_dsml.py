@@ -1,217 +1,231 @@
-"""Answers in the V3.2, V4 and V4.1 formats: think tags, and calls written in DSML tags."""
+"""Answers in the V3.2, V4 and V4.1 formats: think tags, and calls written in DSML tags.
+
+    reasoning</think>text
+
+    <｜DSML｜tool_calls>
+    <｜DSML｜invoke name="NAME">
+    <｜DSML｜parameter name="KEY" string="true">raw text</｜DSML｜parameter>
+    <｜DSML｜parameter name="KEY" string="false">JSON</｜DSML｜parameter>
+    </｜DSML｜invoke>
+    </｜DSML｜tool_calls>text
+
+V3.2 calls the block `function_calls`; V4.1 `calls`, and has a blank after each tag's bar. Models mix them up,
+so each parser reads the tags of all. Framing, which is left out, are two newlines before a block in V3.2; in
+V4 and V4.1 all newlines (at most NEWLINES) before a block and before `</think>`, and those where reasoning or
+content begin.
+
+What is not as it should be:
+
+- Reasoning ends at the first `</think>`, with the output, or where a block begins with a call in it. Other
+  tags in it are reasoning. Later `</think>` are left out in V4 and V4.1, and text in V3.2.
+- Text after calls is text. White space in a block, and a block without calls, are left out.
+- A block may lack its beginning or its end. Its end also ends an open call, and the next parameter or the end
+  of the call an open parameter.
+- Parameters with string="false" are passed on as written, be they JSON or not. Without `string=` they are
+  JSON if they are that, else a string; beyond HOLD_LIMIT characters those that begin with "{" or "[" are
+  taken for JSON and others for a string. Parameters of the same name are all passed on.
+- A call whose content is no parameter has it as its arguments, verbatim; usually that is their JSON.
+- An output that ends in a call leaves the arguments as far as they were written. Half a tag is left out if it
+  has come to its bar.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 
-from deepseek_api_compat.protocol.deepseek.output_markers import (
-    EOS,
-    HEADER_LIMIT,
+import msgspec
+
+from deepseek_api_compat.protocol.deepseek.output_reader import (
+    HOLD_LIMIT,
     THINK_END,
-    V31,
-    MarkerParser,
+    Cut,
+    Markers,
+    NoCall,
+    Reader,
+    Reading,
 )
-from deepseek_api_compat.protocol.events import Reasoning, ToolCall
 
-# V4.1 has a blank after the bar. Each parser reads the tags of all versions: models mix them up.
-_BLOCKS = tuple(
-    f"<｜DSML｜{name}>" for name in ("tool_calls", "toolcalls", "function_calls", " calls", "calls")
-)
-_OPENERS = (*_BLOCKS, "<｜DSML｜invoke", "<｜DSML｜ invoke")
-_BLOCK = "(?:" + "|".join(_BLOCKS) + ")"
-_BLOCK_END = "(?:" + "|".join("</" + block[1:] for block in _BLOCKS) + ")"
-_CALL = re.compile(rf'\n*{_BLOCK}?\s*<｜DSML｜ ?invoke name="([^"<]*[^"<\s][^"<]*)"\s*(/?)>')
-_END = re.compile(rf"(?:\n*{_BLOCK})?\s*{_BLOCK_END}")
-_FIRST_TAG = re.compile(r"\n*<[^<]*")
-_PARAMETER = re.compile(r'\s*<｜DSML｜ ?parameter name="([^"<]*)"(?: string="(true|false)")?>')
-_CALL_END = re.compile(rf"\s*(?:</｜DSML｜ ?invoke>|(?={_BLOCK_END}))")
-_VALUE_ENDS = ("</｜DSML｜parameter>", "</｜DSML｜ parameter>")
-_VALUE_STOPS = (
-    *_VALUE_ENDS,
-    "<｜DSML｜parameter name=",
-    "<｜DSML｜ parameter name=",
-    "</｜DSML｜invoke>",
-    "</｜DSML｜ invoke>",
-)
-_OUTSIDE = re.compile("|".join(_OPENERS))
-_STOP = re.compile("|".join(_VALUE_STOPS))
+NEWLINES = 64  # how many can be framing
+
+_NAMES = ("tool_calls", "toolcalls", "function_calls", " calls", "calls")
+_BLOCKS = Markers(*(f"<｜DSML｜{name}>" for name in _NAMES))
+_BLOCK_ENDS = Markers(*(f"</｜DSML｜{name}>" for name in _NAMES))
+_CALLS = Markers('<｜DSML｜invoke name="', '<｜DSML｜ invoke name="')
+_CALL_ENDS = Markers("</｜DSML｜invoke>", "</｜DSML｜ invoke>")
+_PARAMETERS = Markers('<｜DSML｜parameter name="', '<｜DSML｜ parameter name="')
+_VALUE_ENDS = Markers("</｜DSML｜parameter>", "</｜DSML｜ parameter>")
+
+_OPENERS = (*_BLOCKS.all, *_CALLS.all)
+_IN_BLOCK = Markers(*_CALLS.all, *_BLOCK_ENDS.all)
+_BETWEEN_CALLS = Markers(*_BLOCKS.all, *_IN_BLOCK.all)
+_IN_CALL = Markers(*_PARAMETERS.all, *_CALL_ENDS.all, *_BLOCK_ENDS.all)
+_BODY_STOPS = Markers(*_CALL_ENDS.all, *_BLOCK_ENDS.all)
+_VALUE_STOPS = Markers(*_VALUE_ENDS.all, *_PARAMETERS.all, *_CALL_ENDS.all)
+_QUOTE, _TAG_ENDS = Markers('"'), Markers(">", "/>")
+_STRING, _NO_STRING, _UNTYPED = '" string="true">', '" string="false">', '">'
+_TYPES = Markers(_STRING, _NO_STRING, _UNTYPED)
+
+_SPACE, _NEWLINES, _ATTRIBUTE = re.compile(r"[ \t\r\n]*"), re.compile(r"\n*"), re.compile(r'[^"<]*')
+_LIKE_JSON, _BRACKET = re.compile(r'[ \t\r\n]*(?:\Z|[-"\[{tfn0-9])'), re.compile(r"[ \t\r\n]*[\[{]")
 
 
-class DsmlParser(MarkerParser):
-    """As MarkerParser; arguments become JSON while their parameters are written.
-
-    trim: V4 and V4.1: newlines at both ends of reasoning and before and at the start of content are framing.
-    """
+class DsmlParser(Reader):
+    """Parser of one choice in the V3.2, V4 and V4.1 formats; `trim`: the framing of the latter two."""
 
     def __init__(
-        self,
-        *,
-        trim: bool,
-        continued: bool,
-        reasoning: bool,
-        tools_declared: bool,
-        index: int,
-        new_id: Callable[[], str],
+        self, *, trim: bool, start: str, tools_declared: bool, index: int, new_id: Callable[[], str]
     ) -> None:
-        super().__init__(V31, reasoning=reasoning, tools_declared=tools_declared, index=index, new_id=new_id)
+        super().__init__(start=start, tools_declared=tools_declared, index=index, new_id=new_id)
         self._trim = trim
-        self._fresh = trim and not continued  # newlines here are still framing
-        self._parameters = 0
-        self._string: bool | None = None
+        self._thought_stops = Markers(THINK_END, *(_BLOCKS.all if tools_declared else ()))
+        self._stops = Markers(*((THINK_END,) if trim else ()), *(_OPENERS if tools_declared else ()))
+        self._framing = NEWLINES if trim else 2  # before a block
+        self._closed = False  # by its own tag
 
-    def in_block(self) -> None:
-        """The prompt has opened the block of calls."""
-        self._state = self._block
+    def _lead(self) -> Reading[None]:
+        """In V4 and V4.1 the newlines where reasoning or content begin."""
+        while self._trim:
+            self._skip(_end(_NEWLINES, self._held, self._done))
+            if self._last or self._done < len(self._held):
+                return
+            yield
 
-    def _newlines(self, text: str) -> int:
-        """How many newlines at the end of the text are framing."""
-        found = len(text) - len(text.rstrip("\n"))
-        return found if self._trim else min(found, 2)
+    def _thought(self) -> Reading[None]:
+        if not self._continued:
+            yield from self._lead()
+        framing = self._framing if self._trim or self._tools else 0
+        while self._thinking and (
+            found := (yield from self._up_to(self._thought_stops, self._pass, framing))
+        ):
+            if found != THINK_END:
+                yield from self._block(self._at + 1 - self._done)
+                continue
+            if not self._trim:
+                self._pass(self._at)
+            self._skip(self._at + len(THINK_END))
+            self._thinking = False
+            yield from self._lead()
 
-    def _skip_framing(self) -> None:
-        if self._fresh:
-            self._held = self._held.lstrip("\n")
-            self._fresh = not self._held
+    def _content(self) -> Reading[None]:
+        framing = self._framing if self._tools else 0
+        while found := (yield from self._up_to(self._stops, self._pass, framing)):
+            if found == THINK_END:
+                self._pass(self._at)
+                self._skip(self._at + len(THINK_END))
+            else:
+                yield from self._block(self._at + 1 - self._done)
 
-    def _think(self) -> bool:
-        self._skip_framing()
-        held = self._held
-        end = held.find(THINK_END)
-        call = _find(_BLOCK, held) if self._tools and self._trim else -1
-        if call >= 0 and (end < 0 or call < end):
-            end = call
-        stop = end if end >= 0 else self._safe(THINK_END, EOS, *(_BLOCKS if self._tools else ()))
-        if self._trim and not (self._last and end < 0):
-            stop -= self._newlines(held[:stop])
-        if thought := self._take(stop):
-            self._events.append(Reasoning(self._index, thought))
-        self._logprobs = []
-        if end < 0:
-            return False
-        if call == end:
-            self._state = self._block
-            return True
-        self._held = self._held.lstrip("\n") if self._trim else self._held
-        self._take(len(THINK_END))
-        self._fresh = self._trim
-        self._state = self._content
-        return True
+    def _header(self) -> Reading[str]:
+        self._at = self._done
+        yield from self._run(_SPACE)
+        found = yield from self._expect(_BETWEEN_CALLS)
+        if found in _BLOCKS.all:
+            yield from self._run(_SPACE)
+            found = yield from self._expect(_IN_BLOCK)
+        if found in _BLOCK_ENDS.all:
+            return ""
+        name = yield from self._run(_ATTRIBUTE)
+        yield from self._expect(_QUOTE)
+        yield from self._run(_SPACE)
+        self._closed = (yield from self._expect(_TAG_ENDS)) == "/>"
+        if not name.strip():
+            raise NoCall
+        return name.strip()
 
-    def _content(self) -> bool:
-        self._skip_framing()
-        held = self._held
-        found = _OUTSIDE.search(held) if self._tools else None
-        stray = held.find(THINK_END) if self._trim else -1
-        if stray >= 0 and (not found or stray < found.start()):
-            if stray:
-                self._text(self._take(stray))
-            self._take(len(THINK_END))
-            return True
-        markers = (EOS, *(_OPENERS if self._tools else ()), *((THINK_END,) if self._trim else ()))
-        stop = found.start() if found else self._safe(*markers)
-        if self._tools and (found or not self._last):
-            stop -= self._newlines(held[:stop])
-        if stop:
-            self._text(self._take(stop))
-        if found:
-            self._state = self._block
-        return bool(found)
-
-    def _block(self) -> bool:
-        held = self._held
-        if call := _CALL.match(held):
-            self._take(call.end())
-            self._events.append(ToolCall(self._index, self._calls, self._new_id(), call[1]))
-            self._calls += 1
-            self._parameters = 0
-            self._state = self._arguments
-            if call[2]:
-                self._end("{}")
-            return True
-        if end := _END.match(held):
-            self._take(end.end())
-            self._state = self._content
-            return True
-        rest = held.lstrip()
-        wait = not rest or rest[0] == "<"
-        if not self._last and wait and len(held) < HEADER_LIMIT:
-            return False
-        if not rest and self._complete:
-            self._held = ""
-            return False
-        first = _FIRST_TAG.match(held)
-        if held:
-            self._text(self._take(first.end() if first else len(held) - len(rest) + 1))
-        self._state = self._content
-        return True
-
-    def _emit(self, arguments: str) -> None:
-        if arguments:
-            self._events.append(ToolCall(self._index, self._calls - 1, arguments=arguments))
-        self._logprobs = []
-
-    def _end(self, arguments: str) -> None:
-        self._emit(arguments)
-        self._complete += 1
-        self._state = self._block
-
-    def _arguments(self) -> bool:
-        if found := _PARAMETER.match(self._held):
-            self._take(found.end())
-            self._string = None if found[2] is None else found[2] == "true"
-            key = json.dumps(found[1], ensure_ascii=False)
-            self._emit(("{" if not self._parameters else ", ") + key + ": " + ('"' if self._string else ""))
-            self._parameters += 1
-            self._state = self._value
-            return True
-        if found := _CALL_END.match(self._held):
-            self._take(found.end())
-            self._end("}" if self._parameters else "{}")
-            return True
-        rest = self._held.lstrip()
-        if (rest and rest[0] != "<") or len(rest) >= HEADER_LIMIT:
-            self._held = rest
-            self._state = self._body
-            return True
-        return False
-
-    def _body(self) -> bool:
-        """Arguments as plain JSON instead of parameters."""
-        end = re.search(r"\s*</｜DSML｜ ?invoke>", self._held)
-        stop = end.start() if end else self._safe("</｜DSML｜invoke>", "</｜DSML｜ invoke>", EOS)
-        if not end and not self._last:
-            stop = len(self._held[:stop].rstrip())
-        self._emit(self._take(stop))
-        if end:
-            self._take(end.end() - end.start())
-            self._end("")
-        return bool(end)
-
-    def _value(self) -> bool:
-        end = _STOP.search(self._held)
-        stop = end.start() if end else self._safe(*_VALUE_STOPS, EOS)
-        if self._string is None:
-            if not end and not self._last:
-                return False  # what it is shows only when it's complete
-            text = self._take(stop)
+    def _arguments(self) -> Reading[bool]:
+        first = True
+        while not self._closed:
             try:
-                json.loads(text)
-            except ValueError:
-                text = json.dumps(text, ensure_ascii=False)
-            self._emit(text)
-        else:
-            text = self._take(stop)
-            self._emit(json.dumps(text, ensure_ascii=False)[1:-1] if self._string else text)
-        if end:
-            self._emit('"' if self._string else "")
-            if end[0] in _VALUE_ENDS:
-                self._take(len(end[0]))
-            self._state = self._arguments
-        return bool(end)
+                found = yield from self._parameter()
+            except Cut:
+                self._skip(len(self._held))
+                return False
+            except NoCall:
+                return (yield from self._body())
+            if found is None:
+                break
+            key, kind = found
+            self._skip(self._at)
+            string = (yield from self._is_string()) if kind == _UNTYPED else kind == _STRING
+            written = ("{" if first else ", ") + json.dumps(key, ensure_ascii=False) + ": "
+            self._write(written + '"' * string, self._done)
+            first = False
+            if not (yield from self._value(string)):
+                return False
+        self._write("{}" if first else "}", self._at)
+        self._complete += 1
+        return True
+
+    def _parameter(self) -> Reading[tuple[str, str] | None]:
+        """The tag that begins a parameter: its name and its type; None for the call's end. Raises NoCall."""
+        yield from self._run(_SPACE)
+        found = yield from self._expect(_IN_CALL)
+        if found in _BLOCK_ENDS.all:
+            self._at -= len(found)
+        if found not in _PARAMETERS.all:
+            return None
+        key = yield from self._run(_ATTRIBUTE)
+        return key, (yield from self._expect(_TYPES))
+
+    def _is_string(self) -> Reading[bool]:
+        """Is the value that comes next, whose type isn't written, a string?"""
+        while True:
+            found = _VALUE_STOPS.find(self._held, self._done)
+            stop = found.start() if found else _VALUE_STOPS.begun(self._held, self._done)
+            limit = self._done + HOLD_LIMIT
+            if not _LIKE_JSON.match(self._held, self._done, limit):
+                return True
+            if stop > limit:
+                return not _BRACKET.match(self._held, self._done, limit)
+            if found or self._last:
+                return not _is_json(self._held[self._done : stop])
+            yield
+
+    def _value(self, string: bool) -> Reading[bool]:
+        """A parameter's value and its end: did it come?"""
+        take = self._take_string if string else self._take
+        found = yield from self._up_to(_VALUE_STOPS, take)
+        if not found:
+            self._leave_open(take)
+            return False
+        self._write('"' * string, self._at + len(found) * (found in _VALUE_ENDS.all))
+        return True
+
+    def _body(self) -> Reading[bool]:
+        """Arguments that are no parameters, and their end."""
+        self._skip(_end(_SPACE, self._held, self._done, self._done + HOLD_LIMIT))
+        found = yield from self._up_to(_BODY_STOPS, self._take, NEWLINES)
+        if not found:
+            self._leave_open(self._take)
+            return False
+        self._skip(self._at + len(found) * (found in _CALL_ENDS.all))
+        self._complete += 1
+        return True
+
+    def _take(self, to: int) -> None:
+        self._write(self._held[self._done : to], to)
+
+    def _take_string(self, to: int) -> None:
+        self._write(json.dumps(self._held[self._done : to], ensure_ascii=False)[1:-1], to)
+
+    def _leave_open(self, take: Callable[[int], None]) -> None:
+        """The output ended before the call did."""
+        if "｜" not in self._held[self._done :]:
+            take(len(self._held))
+        self._skip(len(self._held))
 
 
-def _find(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    return found.start() if found else -1
+def _end(run: re.Pattern[str], text: str, start: int, limit: int = sys.maxsize) -> int:
+    found = run.match(text, start, limit)
+    return found.end() if found else start
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True

@@ -1,211 +1,141 @@
 """Answers in the V3, R1 and V3.1 formats: think tags, and calls between special-token markers.
 
-The parser is a small machine: each state takes what it can from the front of the held text and says whether
-it got anywhere. Held text is never longer than a marker, or one call's header, which is limited.
+    reasoning</think>text<｜tool▁calls▁begin｜>CALL CALL ...<｜tool▁calls▁end｜>text
+
+A call in V3 and R1, and in V3.1:
+
+    <｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME
+    ```json
+    ARGUMENTS
+    ```<｜tool▁call▁end｜>
+
+    <｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜>
+
+What is not as it should be:
+
+- Reasoning ends at the first `</think>`, or with the output; markers in it are reasoning, and think tags in
+  the text are text.
+- Text is verbatim, after calls too. White space in a block, and a block without calls, are left out.
+- The end of the block also ends an open call; a block may lack its end, and its calls stay calls.
+- Arguments are verbatim, be they JSON or not. In a JSON string an end marker is data, unless another marker
+  or the end of the output follows it: then the string was never closed, and the call ends here.
+- An output that ends in a call leaves the arguments as far as they were written; half an end marker is left
+  out if it has come to its bar.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from deepseek_api_compat.errors import EngineFailed
-from deepseek_api_compat.protocol.events import Event, Finish, Reasoning, Text, ToolCall
-from deepseek_api_compat.protocol.job import Piece, TokenLogprob
+from deepseek_api_compat.protocol.deepseek.output_reader import THINK_END, Markers, NoCall, Reader, Reading
 
-EOS = "<｜end▁of▁sentence｜>"
-THINK, THINK_END = "<think>", "</think>"
 CALLS, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
-SEP = "<｜tool▁sep｜>"
 
-HEADER_LIMIT = 512  # characters; the longest name OpenAI allows has 64
-_IN_STRING = re.compile(r'["\\]')
+_BLOCK, _SEP, _FENCE = Markers(CALLS), Markers("<｜tool▁sep｜>"), Markers("\n```json\n")
+_IN_BLOCK = Markers(CALL, CALLS_END)
+_AFTER_CALL = Markers(*(gap + mark for gap in ("", "\n") for mark in (CALL, CALLS, CALLS_END)))
+_THINK_END, _NOTHING = Markers(THINK_END), Markers()
+_SPACE, _TO_MARKER, _LINE = re.compile(r"[ \n]*"), re.compile(r"[^<]*"), re.compile(r"[^<\n]*")
+_END_BEGINS = re.compile(r"[<`\n]")
 
 
-@dataclass(frozen=True)
 class Layout:
-    """How a format writes a call.
+    """How a format writes a call: does its name come after a type, and do its arguments stand in a fence?"""
 
-    header: from the call's marker to its arguments; group 1 is the name
-    ends:   what can end the arguments, outside of JSON strings
-    stop:   the characters where the end of arguments or a string can begin
-    """
-
-    header: re.Pattern[str]
-    ends: tuple[str, ...]
-    stop: re.Pattern[str]
-
-
-V31 = Layout(re.compile(f"{CALL}([^<]*[^<\\s][^<]*){SEP}"), (CALL_END, CALLS_END), re.compile('["<]'))
-V3 = Layout(
-    re.compile(f"{CALL}[^<]*{SEP}([^<\\n]*[^<\\s][^<\\n]*)\\n```json\\n"),
-    tuple(fence + end for fence in ("\n```", "```", "") for end in (CALL_END, CALLS_END)),
-    re.compile('["<\\n`]'),
-)
+    def __init__(self, *, fenced: bool) -> None:
+        self.fenced = fenced
+        fences = ("\n```\n", "\n```", "```\n", "```", "") if fenced else ("",)
+        self.ends = Markers(*(fence + mark for fence in fences for mark in (CALL_END, CALLS_END)))
+        ends = "|".join(self.ends.all)
+        self.plain = re.compile(f'"|{ends}')
+        self.quoted = re.compile(rf'(?s)"|\\.|{ends}')
 
 
-def held_tail(text: str, *markers: str) -> int:
-    """Length of the longest end of `text` that begins one of the markers (an entire marker too)."""
-    for i in range(max(0, len(text) - max(map(len, markers))), len(text)):
-        tail = text[i:]
-        if any(marker.startswith(tail) for marker in markers):
-            return len(tail)
-    return 0
+V3, V31 = Layout(fenced=True), Layout(fenced=False)
 
 
-class MarkerParser:
-    """Parser of one choice. Every split of an output gives events that add up to the same answer.
-
-    A call counts when its end arrived. One that never ends stays as streamed so far, and its finish reason is
-    the engine's; markup that never became a call is text.
-    """
+class MarkerParser(Reader):
+    """Parser of one choice in the V3, R1 and V3.1 formats."""
 
     def __init__(
-        self, layout: Layout, *, reasoning: bool, tools_declared: bool, index: int, new_id: Callable[[], str]
+        self, layout: Layout, *, start: str, tools_declared: bool, index: int, new_id: Callable[[], str]
     ) -> None:
+        super().__init__(start=start, tools_declared=tools_declared, index=index, new_id=new_id)
         self._layout = layout
-        self._tools = tools_declared
-        self._index = index
-        self._new_id = new_id
-        self._held = ""
-        self._state = self._think_open if reasoning else self._content
-        self._events: list[Event] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._last = False  # no more text will come
-        self._in_string = False
-        self._calls = self._complete = 0
 
-    def feed(self, piece: Piece) -> list[Event]:
-        """Events of one piece; `Finish` comes with the piece that has `finish`."""
-        if self._last:
-            return []
-        self._held += piece.text
-        if piece.logprobs:
-            self._logprobs += piece.logprobs
-        if piece.finish is not None:
-            self._last = True
-            self._held = self._held.removesuffix(EOS)
-        while self._state():
-            pass
-        if piece.finish is not None:
-            if self._logprobs and self._state == self._content:
-                self._events.append(Text(self._index, "", self._logprobs))
-            called = self._complete and piece.finish == "stop"
-            self._events.append(Finish(self._index, "tool_calls" if called else piece.finish))
-        elif self._state == self._content and not self._held and self._logprobs:
-            self._text("")  # half a character: its text comes later, its logprobs must not get lost
-        events, self._events = self._events, []
-        return events
+    def _thought(self) -> Reading[None]:
+        if (yield from self._up_to(_THINK_END, self._pass)):
+            self._skip(self._at + len(THINK_END))
+            self._thinking = False
 
-    def close(self) -> list[Event]:
-        """Nothing is left to say. Raises EngineFailed if no piece had `finish`."""
-        if not self._last:
-            raise EngineFailed("The engine's answer ended without saying why.")
-        return []
+    def _content(self) -> Reading[None]:
+        while (yield from self._up_to(_BLOCK if self._tools else _NOTHING, self._pass)):
+            yield from self._block(len(CALLS))
 
-    def _take(self, length: int) -> str:
-        taken, self._held = self._held[:length], self._held[length:]
-        return taken
+    def _header(self) -> Reading[str]:
+        self._at = self._done
+        if self._held.startswith(CALLS, self._at):
+            self._at += len(CALLS)
+        yield from self._run(_SPACE)
+        if (yield from self._expect(_IN_BLOCK)) == CALLS_END:
+            return ""
+        name = yield from self._run(_TO_MARKER)
+        yield from self._expect(_SEP)
+        if self._layout.fenced:
+            name = yield from self._run(_LINE)
+            yield from self._expect(_FENCE)
+        if not name.strip():
+            raise NoCall
+        return name.strip()
 
-    def _text(self, text: str) -> None:
-        self._events.append(Text(self._index, text, self._logprobs or None))
-        self._logprobs = []
-
-    def _safe(self, *markers: str) -> int:
-        """How much of the held text can't be part of a marker."""
-        return len(self._held) - (0 if self._last else held_tail(self._held, *markers))
-
-    def _think_open(self) -> bool:
-        if not self._last and THINK.startswith(self._held) and self._held != THINK:
-            return False
-        self._held = self._held.removeprefix(THINK)
-        self._state = self._think
-        return True
-
-    def _think(self) -> bool:
-        end = self._held.find(THINK_END)
-        thought = self._take(end if end >= 0 else self._safe(THINK_END, EOS))
-        if thought:
-            self._events.append(Reasoning(self._index, thought))
-        self._logprobs = []
-        if end < 0:
-            return False
-        self._take(len(THINK_END))
-        self._state = self._content
-        return True
-
-    def _content(self) -> bool:
-        start = self._held.find(CALLS) if self._tools else -1
-        text = self._take(start if start >= 0 else self._safe(CALLS, EOS))
-        if text:
-            self._text(text)
-        if start >= 0:
-            self._state = self._block
-        return start >= 0
-
-    def _block(self) -> bool:
-        """At a block's marker, or between two calls: all is held until it is a call, an end, or text."""
-        after = self._held.removeprefix(CALLS)
-        rest = after.lstrip(" \n")
-        if rest.startswith(CALLS_END):
-            self._held = rest[len(CALLS_END) :]
-            self._state = self._content
-            return True
-        header = self._layout.header.match(rest)
-        if header and header.end() <= HEADER_LIMIT:
-            self._held = rest[header.end() :]
-            call_id, name = self._new_id(), header[1].strip()
-            self._events.append(ToolCall(self._index, self._calls, call_id, name))
-            self._calls += 1
-            self._in_string = False
-            self._logprobs = []
-            self._state = self._arguments
-            return True
-        begun = rest.startswith(CALL) or any(mark.startswith(rest) for mark in (CALL, CALLS_END, CALLS))
-        if not self._last and (EOS.startswith(rest) or (begun and len(rest) < HEADER_LIMIT)):
-            return False
-        if after and not rest and self._complete:  # only framing is left after the last call
-            self._held = ""
-            return False
-        if self._held:
-            # Past the marker, so that it isn't found again; the rest may hold another block.
-            marker = len(self._held) - len(after)
-            self._text(self._take(marker or len(after) - len(rest) + (not rest.startswith(CALLS))))
-        self._state = self._content
-        return True
-
-    def _arguments(self) -> bool:
-        held, layout, at, ended = self._held, self._layout, 0, 0
-        limit = self._safe(EOS)
-        while at < limit:
-            found = (_IN_STRING if self._in_string else layout.stop).search(held, at, limit)
+    def _arguments(self) -> Reading[bool]:
+        quoted = False
+        while True:
+            found = (self._layout.quoted if quoted else self._layout.plain).search(self._held, self._at)
             if found is None:
-                at = limit
-                break
-            at = found.start()
-            if held[at] == '"':
-                self._in_string = not self._in_string
-            elif self._in_string:  # a backslash and what it escapes
-                if at + 2 > limit and not self._last:
-                    break
-                at += 1
+                if self._last:
+                    self._leave_open(quoted)
+                    return False
+                sure = self._before_end(quoted)
+                self._write(self._held[self._done : sure], sure)
+                yield
+            elif found[0] == '"':
+                quoted = not quoted
+                self._at = found.end()
+            elif quoted and (found[0][0] == "\\" or self._followed(found.end()) is False):
+                self._at = found.end()
+            elif quoted and self._followed(found.end()) is None:
+                self._write(self._held[self._done : found.start()], found.start())
+                yield
             else:
-                rest = held[at : at + 40]
-                end = next((end for end in layout.ends if rest.startswith(end)), "")
-                if end:
-                    ended = len(end)
-                    break
-                if not self._last and any(end.startswith(rest) for end in layout.ends):
-                    break
-            at += 1
-        arguments = self._take(min(at, len(held)))
-        if arguments:
-            self._events.append(ToolCall(self._index, self._calls - 1, arguments=arguments))
-        self._logprobs = []
-        if ended:
-            closes_block = self._take(ended).endswith(CALLS_END)
-            self._complete += 1
-            self._state = self._content if closes_block else self._block
-        return bool(ended)
+                self._write(self._held[self._done : found.start()], found.end())
+                self._complete += 1
+                return not found[0].endswith(CALLS_END)
+
+    def _before_end(self, quoted: bool) -> int:
+        """Where half an end marker, or half an escape, begins at the end of what is held; else that end."""
+        held, ends = self._held, self._layout.ends
+        if quoted and held.endswith("\\", self._at):
+            return len(held) - 1
+        for begun in _END_BEGINS.finditer(held, max(self._at, len(held) - ends.longest)):
+            if any(end.startswith(held[begun.start() :]) for end in ends.all):
+                return begun.start()
+        return len(held)
+
+    def _followed(self, at: int) -> bool | None:
+        """Does a marker, or the end of the output, follow? None while that is open."""
+        rest = self._held[at : at + _AFTER_CALL.longest]
+        if any(rest.startswith(marker) for marker in _AFTER_CALL.all):
+            return True
+        if self._last:
+            return not rest.strip("\n")
+        return None if any(marker.startswith(rest) for marker in _AFTER_CALL.all) else False
+
+    def _leave_open(self, quoted: bool) -> None:
+        """The output ended before the call did."""
+        sure = self._before_end(quoted)
+        if quoted or "｜" not in self._held[sure:]:
+            sure = len(self._held)
+        self._write(self._held[self._done : sure], len(self._held))
