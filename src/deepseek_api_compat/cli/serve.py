@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     names = ("host", "port", "workers", "data_dir", "public_url", "tls_cert", "tls_key")
     settings = config.load(args.config, flags={"server": {name: getattr(args, name) for name in names}})
     config.check_files(settings)
+    check_formats(settings)
     allow_many_connections()
     # The port first: a model may take minutes to fetch, and a taken port should be said at once.
     listeners = bind(settings.server.host, settings.server.port, settings.server.workers)
@@ -85,6 +86,16 @@ def allow_many_connections() -> None:
     """A stream takes two file descriptors, and the usual soft limit is 1024: raise it as far as we may."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def check_formats(settings: Settings) -> None:
+    """Raises ConfigError if a configured format needs a package that is not installed."""
+    from deepseek_api_compat.errors import ConfigError
+    from deepseek_api_compat.protocol.deepseek.detect import unmet_package
+
+    for model in settings.models:
+        if problem := unmet_package(model.format):
+            raise ConfigError(f"Configuration: models.{model.name}: {problem}")
 
 
 def check_embedded(settings: Settings, model_path: str | None) -> None:

@@ -14,7 +14,9 @@ from deepseek_api_compat.engines.base import Endpoint, EngineState, ModelInfo
 from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.engines.process import ManagedProcess
 from deepseek_api_compat.engines.upstream import Upstream
-from deepseek_api_compat.errors import ApiError, ConfigError
+from deepseek_api_compat.errors import ApiError, ConfigError, ModelError
+from deepseek_api_compat.models import checkpoint
+from deepseek_api_compat.protocol.deepseek.detect import unmet
 
 PROBE_INTERVAL = 5.0
 UNLIMITED = 1 << 30
@@ -130,7 +132,7 @@ def endpoint_of(settings: EngineSettings) -> Endpoint:
 
 
 class ManagedEngine(Replica):
-    """An engine process that the supervisor starts, watches and restarts."""
+    """An engine process that the supervisor starts, watches and restarts. `format`: as configured."""
 
     def __init__(
         self,
@@ -138,17 +140,20 @@ class ManagedEngine(Replica):
         model: str,
         number: int,
         settings: EngineSettings,
+        format: str,
         data_dir: Path,
         lifeline: Lifeline,
         on_change: Callable[[Replica], None],
     ) -> None:
         super().__init__(pool, model, number, settings.kind, on_change)
+        self._path = Path(settings.path or "")
+        self._format = format
         socket = data_dir / "run" / "engines" / f"{pool}-{number}.sock"
         self.endpoint = Endpoint(uds=str(socket))
         self.slots = settings.batch_size
         self._process = llamacpp.managed(
             settings,
-            model_path=Path(settings.path or ""),
+            model_path=self._path,
             socket=socket,
             log=data_dir / "logs" / f"engine-{pool}-{number}.log",
             lifeline=lifeline,
@@ -156,10 +161,21 @@ class ManagedEngine(Replica):
         )
 
     async def start(self) -> None:
-        self._process.start()
+        if problem := await asyncio.to_thread(self._problem):
+            self._set("failed", problem)
+        else:
+            self._process.start()
 
     async def stop(self) -> None:
         await self._process.stop()
+
+    def _problem(self) -> str:
+        """Why this model's prompts can't be written, which no new start would change; "" if they can."""
+        try:
+            files = checkpoint.read(self._path)
+        except ModelError as error:
+            return str(error)
+        return unmet(files.format if self._format == "auto" else self._format, files.controls)
 
     def _follow(self, process: ManagedProcess) -> None:
         self.pid = process.pid
@@ -178,7 +194,14 @@ def replicas_of(
             for _ in range(engine.replicas):
                 if engine.kind == "llamacpp":
                     managed = ManagedEngine(
-                        pool, model.name, number, engine, settings.data_dir, lifeline, on_change
+                        pool,
+                        model.name,
+                        number,
+                        engine,
+                        model.format,
+                        settings.data_dir,
+                        lifeline,
+                        on_change,
                     )
                     replicas.append(managed)
                 else:
