@@ -14,7 +14,7 @@ from pathlib import Path
 def lowest(text: str) -> list[str]:
     """`name==version` for each bound of the optional dependencies."""
     runtime = text.split("[project.optional-dependencies]")[1].split("[dependency-groups]")[0]
-    found = re.findall(r'"([a-z0-9-]+)>=([0-9.]+)', runtime)
+    found = re.findall(r'"([a-z0-9-]+)(?:\[[a-z]+\])?>=([0-9.]+)', runtime)
     return [f"{name}=={version}" for name, version in found]
 
 

@@ -177,9 +177,12 @@ def scan_log(data: bytes, *, dead: bool, limit: int) -> Scan:
         elif not dead or not data[at:].lstrip(b"\0"):
             break
         else:
+            places = range(at + 8, len(data), 8)
+            later = next((n for n in places if _record(data, n, headers[n >> 3]) is not None), None)
+            if not header and later is None:
+                break  # killed while it stored a payload: what that was about is still in the table
             damaged += 1
-            later = range(at + 8, len(data), 8)
-            at = next((n for n in later if _record(data, n, headers[n >> 3]) is not None), len(data))
+            at = later or len(data)
     return Scan(payloads, at, False, damaged)
 
 
