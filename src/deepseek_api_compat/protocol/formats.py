@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import msgspec
+
 from deepseek_api_compat.errors import InvalidRequest
 from deepseek_api_compat.protocol import deepseek
 from deepseek_api_compat.protocol.deepseek import grammar, output
@@ -39,6 +41,13 @@ _MARKERS = (
 def prompt(format: str, request: ChatRequest, functions: Sequence[dict[str, Any]] | None) -> Prompt:
     """A request in one of DeepSeek's formats, as `deepseek.render`; raises what that raises."""
     name, _, variant = format.partition("-")
+    if (
+        name in ("v4", "v4.1")
+        and request.thinks is None
+        and request.tool_choice not in (None, "auto", "none")
+    ):
+        # They think unless told not to, and can't be made to call a tool then.
+        request = msgspec.structs.replace(request, thinking=False)
     if name == "v3" and declared_tools(request):
         name, variant = "v3-tools", ""
     segments = deepseek.render(name, variant or None, request, functions)
