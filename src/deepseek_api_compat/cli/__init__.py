@@ -18,6 +18,7 @@ from deepseek_api_compat.errors import SetupError
 COMMANDS = {
     "serve": "start the service",
     "keys": "make, list and delete API keys",
+    "ledger": "sum up, export and check requests",
     "models": "list, fetch and remove models",
     "engines": "show the engines of the running service",
     "chat": "talk to a running service",
