@@ -40,13 +40,13 @@ import msgspec
 
 from deepseek_api_compat.protocol.deepseek.output_reader import (
     HOLD_LIMIT,
-    THINK_END,
     Cut,
     Markers,
     NoCall,
     Reader,
     Reading,
 )
+from deepseek_api_compat.protocol.deepseek.segments import THINK_END
 
 NEWLINES = 64  # how many can be framing
 

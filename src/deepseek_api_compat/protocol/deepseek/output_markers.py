@@ -28,14 +28,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from deepseek_api_compat.protocol.deepseek.output_reader import THINK_END, Markers, NoCall, Reader, Reading
+from deepseek_api_compat.protocol.deepseek.output_reader import Markers, NoCall, Reader, Reading
+from deepseek_api_compat.protocol.deepseek.segments import (
+    CALL_BEGIN,
+    CALL_END,
+    CALLS_BEGIN,
+    CALLS_END,
+    SEP,
+    THINK_END,
+)
 
-CALLS, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-CALL, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
-
-_BLOCK, _SEP, _FENCE = Markers(CALLS), Markers("<｜tool▁sep｜>"), Markers("\n```json\n")
-_IN_BLOCK = Markers(CALL, CALLS_END)
-_AFTER_CALL = Markers(*(gap + mark for gap in ("", "\n") for mark in (CALL, CALLS, CALLS_END)))
+_BLOCK, _SEP, _FENCE = Markers(CALLS_BEGIN), Markers(SEP), Markers("\n```json\n")
+_IN_BLOCK, _BETWEEN_CALLS = Markers(CALL_BEGIN, CALLS_END), Markers(CALLS_BEGIN, CALL_BEGIN, CALLS_END)
+_AFTER_CALL = Markers(*(gap + mark for gap in ("", "\n") for mark in _BETWEEN_CALLS.all))
 _THINK_END, _NOTHING = Markers(THINK_END), Markers()
 _SPACE, _TO_MARKER, _LINE = re.compile(r"[ \n]*"), re.compile(r"[^<]*"), re.compile(r"[^<\n]*")
 _END_BEGINS = re.compile(r"[<`\n]")
@@ -72,14 +77,16 @@ class MarkerParser(Reader):
 
     def _content(self) -> Reading[None]:
         while (yield from self._up_to(_BLOCK if self._tools else _NOTHING, self._pass)):
-            yield from self._block(len(CALLS))
+            yield from self._block(len(CALLS_BEGIN))
 
     def _header(self) -> Reading[str]:
         self._at = self._done
-        if self._held.startswith(CALLS, self._at):
-            self._at += len(CALLS)
         yield from self._run(_SPACE)
-        if (yield from self._expect(_IN_BLOCK)) == CALLS_END:
+        found = yield from self._expect(_BETWEEN_CALLS)
+        if found == CALLS_BEGIN:
+            yield from self._run(_SPACE)
+            found = yield from self._expect(_IN_BLOCK)
+        if found == CALLS_END:
             return ""
         name = yield from self._run(_TO_MARKER)
         yield from self._expect(_SEP)

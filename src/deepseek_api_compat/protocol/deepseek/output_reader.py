@@ -8,12 +8,11 @@ from collections.abc import Callable, Generator
 from typing import TypeVar
 
 from deepseek_api_compat.errors import EngineFailed
+from deepseek_api_compat.protocol.deepseek.segments import EOS, THINK
 from deepseek_api_compat.protocol.events import Event, Finish, Reasoning, Text, ToolCall
 from deepseek_api_compat.protocol.job import Piece
 from deepseek_api_compat.protocol.logprobs import PendingLogprobs
 
-EOS = "<｜end▁of▁sentence｜>"
-THINK, THINK_END = "<think>", "</think>"
 STARTS = ("content", "reasoning", "either", "tool_calls", "content_continuation", "reasoning_continuation")
 
 # Characters from the framing before a call to the end of its header: the longest name OpenAI allows has 64.
