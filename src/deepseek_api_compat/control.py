@@ -2,7 +2,7 @@
 
 A Unix stream socket of mode 0600, one JSON object per line each way, in order:
 
-    {"op": "keys.create", "name": "alice", "role": "user", "rps": null}
+    {"op": "keys.create", "name": "alice", "role": "user", "limits": {"rps": 5}}
     {"ok": true, "result": {...}}    or    {"ok": false, "error": "One sentence."}
 
 Operations: `keys.*` (see security.admin.KeyAdmin); `engines.list` and `metrics`, which have no parameters.

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 
 from deepseek_api_compat.errors import ConfigError, SetupError
-from deepseek_api_compat.security.master import FILE_NAME, load_master_key
+from deepseek_api_compat.security.master import (
+    FILE_NAME,
+    load_master_key,
+    master_id,
+    master_key_place,
+    write_master_key,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +82,21 @@ def test_a_wrong_variable_is_refused_unseen(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ConfigError, match="DEEPSEEK_MASTER_KEY must be 64 hex digits") as caught:
         load_master_key(tmp_path, create=True)
     assert "hunter2" not in str(caught.value)
+
+
+def test_its_id_tells_it_from_others_and_nothing_else() -> None:
+    assert master_id(bytes(32)) == master_id(bytes(32)) != master_id(b"a" * 32)
+    assert len(bytes.fromhex(master_id(bytes(32)))) == 8
+
+
+def test_its_place_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert master_key_place(tmp_path) == str(tmp_path / FILE_NAME)
+    monkeypatch.setenv("DEEPSEEK_MASTER_KEY", "ab" * 32)
+    assert master_key_place(tmp_path) == "DEEPSEEK_MASTER_KEY"
+
+
+def test_a_copy_is_private_and_replaces_nothing(tmp_path: Path) -> None:
+    write_master_key(tmp_path, b"a" * 32)
+    write_master_key(tmp_path, b"b" * 32)
+    assert stat.S_IMODE((tmp_path / FILE_NAME).stat().st_mode) == 0o600
+    assert load_master_key(tmp_path, create=False) == b"a" * 32

@@ -28,7 +28,7 @@ from deepseek_api_compat.gateway.app import shared_cells, slot_table
 from deepseek_api_compat.gateway.replicas import Replica, WatchedUpstream, replicas_of
 from deepseek_api_compat.gateway.shared import SharedMemory
 from deepseek_api_compat.gateway.slots import wake
-from deepseek_api_compat.security.admin import KeyAdmin, ensure_admin
+from deepseek_api_compat.security.admin import READ_ONLY, KeyAdmin, ensure_admin
 from deepseek_api_compat.store.base import KeyRecord
 
 MAX_START_FAILURES = 3
@@ -316,7 +316,7 @@ class Supervisor:
                 for s in self._engine_states()
             ]
         result = await asyncio.to_thread(self._admin.handle, op, params)
-        if op != "keys.list":
+        if op not in READ_ONLY:
             await self._publish_keys()
         return result
 

@@ -64,9 +64,9 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
     token_id: str | None = None
 
 
-def new_key() -> tuple[str, str]:
-    """A fresh key: its id, and the key itself."""
-    id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_LENGTH))
+def new_key(id: str | None = None) -> tuple[str, str]:
+    """A fresh key: its id (a fresh one too, unless given), and the key itself."""
+    id = id or "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_LENGTH))
     return id, f"{PREFIX}{id}-" + "".join(secrets.choice(_RANDOM_ALPHABET) for _ in range(_RANDOM_LENGTH))
 
 

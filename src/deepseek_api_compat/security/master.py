@@ -1,10 +1,12 @@
 """The master key: 32 random bytes that every stored hash and derived secret depends on.
 
-Kept as hex in `master.key` in the data directory (mode 0600), or in DEEPSEEK_MASTER_KEY, which wins.
+Kept as hex in `master.key` in the data directory (mode 0600), or in DEEPSEEK_MASTER_KEY, which wins. The
+key database notes its id, so that a wrong one is found at once.
 """
 
 from __future__ import annotations
 
+import hmac
 import os
 import secrets
 import stat
@@ -30,21 +32,34 @@ def load_master_key(data_dir: Path, *, create: bool) -> bytes:
             raise ConfigError(f"The variable DEEPSEEK_MASTER_KEY must be {2 * MASTER_BYTES} hex digits.")
         return master
     path = data_dir / FILE_NAME
-    if create:
-        _create(path)
+    if create and not path.exists():
+        _write(path, secrets.token_bytes(MASTER_BYTES))
     return _read(path)
 
 
-def _create(path: Path) -> None:
+def write_master_key(data_dir: Path, master: bytes) -> None:
+    """Make the file in another data directory, unless it has one. Raises SetupError."""
+    _write(data_dir / FILE_NAME, master)
+
+
+def master_id(master: bytes) -> str:
+    """A name for the master key, 16 hex digits, that tells nothing of it."""
+    return hmac.digest(master, b"id", "sha256")[:8].hex()
+
+
+def master_key_place(data_dir: Path) -> str:
+    """Where `load_master_key` found it."""
+    return "DEEPSEEK_MASTER_KEY" if master_key_from_env() is not None else str(data_dir / FILE_NAME)
+
+
+def _write(path: Path, master: bytes) -> None:
     """Make the file, whole and durable, unless it exists."""
-    if path.exists():
-        return
     draft = path.with_name(f".{FILE_NAME}.{secrets.token_hex(8)}")
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "w") as file:
-                file.write(secrets.token_hex(MASTER_BYTES) + "\n")
+                file.write(master.hex() + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             os.link(draft, path)  # unlike a rename, never replaces the file of a process that was faster

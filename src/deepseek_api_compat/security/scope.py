@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_network
-from typing import Union
 
-Network = Union[IPv4Network, IPv6Network]  # noqa: UP007 - evaluated on Python 3.10
+Network = IPv4Network | IPv6Network
 MAX_MODEL_NAME = 200  # characters
 _MAPPED = IPv6Network("::ffff:0:0/96")
 
 
-def check_model_name(name: str) -> None:
-    """Raises ValueError with a sentence if no model can have that name."""
+def model_name(name: str) -> str:
+    """The name, if a model can have it. Raises ValueError with a sentence."""
     # Commas and spaces separate names on command lines and in headers.
     if not 0 < len(name) <= MAX_MODEL_NAME or not name.isprintable() or set(name) & set(", "):
         raise ValueError(
             f"{name!r} is no name of a model: 1 to {MAX_MODEL_NAME} printable characters, no comma or space."
         )
+    return name
 
 
 def network(text: str) -> Network:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -103,5 +104,9 @@ class KeyStore(Protocol):
         ...
 
     def set_master_id(self, id: str) -> None: ...
+
+    def copy_to(self, file: Path) -> None:
+        """Write all of it, as of one moment, to a new SQLite file that only its owner can read."""
+        ...
 
     def close(self) -> None: ...

@@ -60,7 +60,8 @@ def _engine(url: str) -> sa.Engine:
         ) from None
 
 
-def _sqlite(path: Path) -> sa.Engine:
+def make_private(path: Path) -> None:
+    """Make an empty file that only its owner can read, unless there is one. Raises SetupError."""
     try:
         # The -wal and -shm files inherit this mode. Never reopened if it exists: closing a second descriptor
         # would drop the locks that this process has on the database.
@@ -69,6 +70,10 @@ def _sqlite(path: Path) -> sa.Engine:
         pass
     except OSError as error:
         raise SetupError(f"Can't create the database {path}: {reason(error)}.") from None
+
+
+def _sqlite(path: Path) -> sa.Engine:
+    make_private(path)
     engine = sa.create_engine(
         sa.URL.create("sqlite", database=str(path)),
         connect_args={"timeout": BUSY_TIMEOUT, "isolation_level": None},

@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
+from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.store.base import CHANGEABLE, KeyLimits, KeyRecord
-from deepseek_api_compat.store.database import Schema, one_sentence, open_database
+from deepseek_api_compat.store.database import Schema, make_private, one_sentence, open_database
 
 DATABASE = "deepseek.db"
 HEAD = "0002"
@@ -100,6 +101,17 @@ class SqlStore:
         with self._transaction() as connection:
             connection.execute(master_key.delete())
             connection.execute(master_key.insert().values(id=id))
+
+    def copy_to(self, file: Path) -> None:
+        if self._engine.dialect.name != "sqlite":
+            raise SetupError("The keys are in a database server: back them up by its own means.")
+        make_private(file)
+        with one_sentence(self._engine):
+            connection = self._engine.raw_connection()
+            try:
+                connection.cursor().execute("VACUUM INTO ?", (str(file),))  # not allowed in a transaction
+            finally:
+                connection.close()
 
     def close(self) -> None:
         self._engine.dispose()
