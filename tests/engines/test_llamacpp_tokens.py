@@ -1,4 +1,4 @@
-"""Prompts as llama.cpp's token ids, for DeepSeek's vocabulary: those of DeepSeek's own tokenizer."""
+"""Prompts as llama.cpp's token ids: for DeepSeek's vocabulary those of DeepSeek's own tokenizer."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from deepseek_api_compat.protocol.deepseek.segments import BOS, EOS, THINK, THIN
 from deepseek_api_compat.protocol.openai import DecodeLimits, decode_chat, decode_completion
 from deepseek_api_compat.protocol.segment import Segment
 from deepseek_api_compat.protocol.tokenizer import Tokenizer
+from fakes.engines import served
+from fakes.tiny_gguf import write_sentencepiece
 
 pytestmark = pytest.mark.embedded
 
@@ -106,3 +108,27 @@ async def test_what_its_files_say(deepseek_endpoint: Endpoint, deepseek_model: P
     with pytest.raises(EngineFailed, match="No such file"):
         with_files(info, tmp_path / "gone.gguf")
     await stranger.close()
+
+
+@pytest.fixture
+def sentencepiece_model(tmp_path: Path) -> Path:
+    return write_sentencepiece(tmp_path / "sentencepiece.gguf")
+
+
+async def test_sentencepiece_merges_no_text_into_a_control_token(sentencepiece_model: Path) -> None:
+    with served(sentencepiece_model, slots=1, context=64) as endpoint:
+        stranger = LlamaCpp(endpoint)
+        known = with_files(await stranger.info(), sentencepiece_model)
+        engine = LlamaCpp(endpoint, known=known)
+        end = known.controls["</s>"]
+        assert end in await stranger.tokenize("a</s>b", special=False)  # llama.cpp's own way
+        ids = await engine.tokenize("a</s>b", special=False)
+        assert end not in ids
+        assert await engine.detokenize(ids) == " a</s >b"  # a space in front of each string, as always
+        # What is written in segments has the ids of the whole string.
+        prompt = [Segment("<s>", True), Segment("a", False), Segment("</s>", True), Segment("b", False)]
+        assert await engine.encode(prompt) == await engine.tokenize("<s>a</s>b", special=True)
+        # llama.cpp tells a template of its own where the model has none.
+        assert (known.chat_template, known.format) == (None, "template")
+        await stranger.close()
+        await engine.close()

@@ -1,4 +1,4 @@
-"""GGUF files of tests: one of a few hundred bytes, and one that runs, with DeepSeek-V3's vocabulary."""
+"""GGUF files of tests: one of a few hundred bytes, and tiny ones that run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 PIECES = ("a", "b", "é")
 
 
@@ -51,7 +51,7 @@ def write_gguf(
 
 
 HIDDEN = 32
-VOCABULARY = 129280  # of the model; the tokenizer's file has fewer
+VOCABULARY = 129280  # of DeepSeek's models; the tokenizer's file has fewer
 
 
 def write_deepseek(path: Path, tokenizer: Path, chat_template: str) -> Path:
@@ -59,8 +59,35 @@ def write_deepseek(path: Path, tokenizer: Path, chat_template: str) -> Path:
 
     Types of tokens as llama.cpp's `convert_hf_to_gguf.py` gives them. Takes about a second; 13 MB.
     """
+    writer = _llama(path)
+    _add_vocabulary(writer, json.loads(tokenizer.read_bytes()))
+    writer.add_chat_template(chat_template)
+    _add_weights(writer, VOCABULARY)
+    _write(writer)
+    return path
+
+
+def write_sentencepiece(path: Path) -> Path:
+    """A Llama that runs, with a SentencePiece vocabulary whose pieces merge into `</s>`; no chat template."""
+    control = ["<s>", "</s>"]
+    pieces = ["▁", "<", "/", "s", ">", "a", "b", "</", "s>", "▁a"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    writer = _llama(path)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", *control, *bytes_, *pieces])
+    writer.add_token_scores([0.0] * 259 + [-float(rank) for rank in range(len(pieces))])
+    writer.add_token_types([UNKNOWN] + [CONTROL] * len(control) + [BYTE] * 256 + [NORMAL] * len(pieces))
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    _add_weights(writer, 259 + len(pieces))
+    _write(writer)
+    return path
+
+
+def _llama(path: Path) -> gguf.GGUFWriter:
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("Tiny DeepSeek")
+    writer.add_name("Tiny")
     writer.add_context_length(8192)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(HIDDEN)
@@ -69,13 +96,8 @@ def write_deepseek(path: Path, tokenizer: Path, chat_template: str) -> Path:
     writer.add_head_count_kv(2)
     writer.add_rope_dimension_count(HIDDEN // 2)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(VOCABULARY)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    _add_vocabulary(writer, json.loads(tokenizer.read_bytes()))
-    writer.add_chat_template(chat_template)
-    _add_weights(writer)
-    _write(writer)
-    return path
+    return writer
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: dict[str, Any]) -> None:
@@ -98,12 +120,12 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: dict[str, Any]) -> None:
     writer.add_add_bos_token(False)
 
 
-def _add_weights(writer: gguf.GGUFWriter) -> None:
+def _add_weights(writer: gguf.GGUFWriter, tokens: int) -> None:
     random = np.random.default_rng(0)
     square = (HIDDEN, HIDDEN)
     matrices = {f"blk.0.{name}.weight": square for name in ("ffn_gate", "ffn_up", "ffn_down", "attn_output")}
     matrices |= {f"blk.0.attn_{letter}.weight": square for letter in "qkv"}
-    matrices["token_embd.weight"] = (VOCABULARY, HIDDEN)
+    matrices["token_embd.weight"] = (tokens, HIDDEN)
     for name, shape in matrices.items():
         writer.add_tensor(name, (random.normal(size=shape) * 0.1).astype(np.float16))
     for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
