@@ -4,6 +4,8 @@
     +- SetupError            the operator's machine or files are not as needed (one sentence, exit code 1)
     |  +- ConfigError        a configuration file, variable or flag is wrong
     |  +- ModelError         a model can't be fetched, prepared or read
+    |  +- WrongValue         what an operation was given is wrong; has `field`
+    |  +- NoSuchThing        what an operation was to act on is not there
     +- ApiError              has `status`, `type`, `code`: becomes an OpenAI error object
        +- InvalidRequest     400   the request is malformed; the message names the field
        |  +- ContextTooLong  400   prompt and answer don't fit; the message has both numbers
@@ -21,6 +23,7 @@
        +- EngineUnavailable  503   no engine can answer now; has `retry_after`
        +- EngineTimeout      504   the engine did not start within the queue limit
        +- LedgerUnavailable  503   the request can't be written down; has `retry_after`
+       +- OperationFailed    503   an operation of the admin API could not be done; has `retry_after`
 
 Statuses, types and codes follow OpenAI's and DeepSeek's published tables (docs/errors.md).
 """
@@ -44,6 +47,18 @@ class ConfigError(SetupError):
 
 class ModelError(SetupError):
     """A model file can't be fetched, prepared or read."""
+
+
+class WrongValue(SetupError):
+    """What an operation was given is wrong. `field` is its path (`limits.rps`), None if there is no one field."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class NoSuchThing(SetupError):
+    """What an operation was to act on is not there."""
 
 
 class ApiError(DeepSeekError):
@@ -194,3 +209,11 @@ class LedgerUnavailable(ApiError):
     status = 503
     type = "server_error"
     code = "ledger_unavailable"
+
+
+class OperationFailed(ApiError):
+    """The supervisor could not do it, or did not answer in time; the message says which."""
+
+    status = 503
+    type = "server_error"
+    code = "operation_failed"
