@@ -155,8 +155,8 @@ class DsmlParser(Reader):
             first = False
             if not (yield from self._value(string)):
                 return False
-        self._write("{}" if first else "}", self._at)
-        self._complete += 1
+        self._write("" if first else "}", self._at)
+        self._end_call(self._at)
         return True
 
     def _parameter(self) -> Reading[tuple[str, str] | None]:
@@ -201,8 +201,7 @@ class DsmlParser(Reader):
         if not found:
             self._leave_open(self._take)
             return False
-        self._skip(self._at + len(found) * (found in _CALL_ENDS.all))
-        self._complete += 1
+        self._end_call(self._at + len(found) * (found in _CALL_ENDS.all))
         return True
 
     def _take(self, to: int) -> None:

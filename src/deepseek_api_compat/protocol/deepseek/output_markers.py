@@ -17,8 +17,9 @@ What is not as it should be:
   the text are text.
 - Text is verbatim, after calls too. White space in a block, and a block without calls, are left out.
 - The end of the block also ends an open call; a block may lack its end, and its calls stay calls.
-- Arguments are verbatim, be they JSON or not. In a JSON string an end marker is data, unless another marker
-  or the end of the output follows it: then the string was never closed, and the call ends here.
+- Arguments are verbatim, be they JSON or not; where there is nothing they are `{}`. In a JSON string an end
+  marker is data, unless another marker or the end of the output follows it: then the string was never closed,
+  and the call ends here.
 - An output that ends in a call leaves the arguments as far as they were written; half an end marker is left
   out if it has come to its bar.
 """
@@ -117,8 +118,8 @@ class MarkerParser(Reader):
                 self._write(self._held[self._done : found.start()], found.start())
                 yield
             else:
-                self._write(self._held[self._done : found.start()], found.end())
-                self._complete += 1
+                self._write(self._held[self._done : found.start()], found.start())
+                self._end_call(found.end())
                 return not found[0].endswith(CALLS_END)
 
     def _before_end(self, quoted: bool) -> int:

@@ -78,6 +78,7 @@ class Reader(ABC):
         self._logprobs = PendingLogprobs()
         self._events: list[Event] = []
         self._calls = self._complete = 0
+        self._wrote = False  # any arguments of the last call
         self._reading = self._answer(start)
 
     @property
@@ -260,12 +261,19 @@ class Reader(ABC):
         self._thinking = False
         self._events.append(ToolCall(self._index, self._calls, self._new_id(), name))
         self._calls += 1
+        self._wrote = False
 
     def _write(self, arguments: str, to: int) -> None:
         """What is held up to there means these arguments."""
         if arguments:
             self._events.append(ToolCall(self._index, self._calls - 1, arguments=arguments))
+            self._wrote = True
         self._skip(to)
+
+    def _end_call(self, to: int) -> None:
+        """What is held up to there ended the call."""
+        self._write("" if self._wrote else "{}", to)
+        self._complete += 1
 
     def _skip(self, to: int) -> None:
         self._logprobs.take(self._passed + to)
