@@ -231,7 +231,7 @@ class Ledger:
         sums = [_sum(usage.c[name]).label(name) for name in SUMS]
         query = sa.select(*columns, usage.c.outcome, *sums).group_by(*columns, usage.c.outcome)
         with self._transaction() as connection:
-            found = connection.execute(query.where(*_hours(which)).order_by(*columns)).mappings()
+            found = connection.execute(query.where(*_hours(which)).order_by(*columns))
             return _folded(found, [column.name for column in columns])
 
     def spent(self, now: float) -> dict[str, Spent]:
@@ -369,13 +369,22 @@ def _grouping(by: Iterable[Grouping]) -> list[sa.Label[Any]]:
     return [column for name, column in columns.items() if name in wanted]
 
 
-def _folded(found: Iterable[sa.RowMapping], names: Sequence[str]) -> list[Usage]:
-    """Rows that differ in their outcome only become one."""
-    groups: dict[tuple[Any, ...], Usage] = {}
+def _folded(found: Iterable[Any], names: Sequence[str]) -> list[Usage]:
+    """Rows of (groups, outcome, sums) in order of the groups; those of one group become one."""
+    folded: list[Usage] = []
+    last: Any = None
+    width = len(names)
     for row in found:
-        key = tuple(row[name] for name in names)
-        group = groups.setdefault(key, Usage(**dict(zip(names, key, strict=True)), outcomes={}))
-        group.outcomes[row["outcome"]] = row["requests"]
-        for name in SUMS:
-            setattr(group, name, getattr(group, name) + row[name])
-    return list(groups.values())
+        group, outcome, sums = row[:width], row[width], row[width + 1 :]
+        if group != last:
+            last = group
+            folded.append(Usage(**dict(zip(names, group, strict=True)), outcomes={}))
+        one = folded[-1]
+        one.outcomes[outcome] = sums[0]
+        one.requests += sums[0]
+        one.prompt_tokens += sums[1]
+        one.cached_tokens += sums[2]
+        one.completion_tokens += sums[3]
+        one.reasoning_tokens += sums[4]
+        one.price += sums[5]
+    return folded
