@@ -1,12 +1,13 @@
 """Temporary tokens: made by us, by any other JWT library, or by somebody who means harm."""
 
 import base64
-import hashlib
 import hmac
 import json
+import re
 import string
 from collections.abc import Callable
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any
 
 import jwt
@@ -477,12 +478,16 @@ def test_a_token_is_good_again_when_the_clock_is_set_back() -> None:
             assert refused(table, token(), now).code == code
 
 
-def test_the_recipe_in_words_of_the_standard_library() -> None:
-    """What a client without any library has to do, step by step."""
-    header, payload = (
-        base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=")
-        for part in ({"alg": "HS256", "typ": "JWT"}, claims())
-    )
-    mac = hmac.new(SECRET.encode("ascii"), header + b"." + payload, hashlib.sha256)
-    made = b".".join([header, payload, base64.urlsafe_b64encode(mac.digest()).rstrip(b"=")])
-    assert TABLE.authenticate_key(made, NOW).id == RECORD.id
+def test_the_recipe_in_the_documents_makes_good_tokens() -> None:
+    """`make_token` there needs nothing but the standard library."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "keys.md"
+    recipe: dict[str, Any] = {}
+    [code] = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(code, recipe)
+    api_key = f"DSK-{RECORD.id}-{'x' * 43}"
+    principal = TABLE.authenticate_key(recipe["make_token"](api_key, SECRET).encode())
+    assert (principal.id, principal.models) == (RECORD.id, None)
+    narrow = recipe["make_token"](api_key, SECRET, 60, models=["a"], networks=["10.0.0.0/8"], max_tokens=9)
+    principal = TABLE.authenticate_key(narrow.encode())
+    assert (principal.models, principal.max_tokens) == (frozenset("a"), 9)
+    assert principal.networks == (ip_network("10.0.0.0/8"),)
