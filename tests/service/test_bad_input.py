@@ -125,15 +125,6 @@ def test_an_image_for_a_model_that_reads_text(service: Service):
     assert "image" in answer.error["message"]
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
-def test_a_forced_tool_call_is_refused_not_ignored(service: Service, choice: object):
-    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
-    answer = post(service, {**chat("tiny", "Look.", max_tokens=2), "tools": tools, "tool_choice": choice})
-    assert (answer.status, answer.error["param"]) == (400, "tool_choice")
-    free = post(service, {**chat("tiny", "Look.", max_tokens=2), "tools": tools, "tool_choice": "auto"})
-    assert free.status == 200
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_longer_than_the_context(service: Service, stream: bool):
     content = "one two three four " * CONTEXT
