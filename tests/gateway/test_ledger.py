@@ -526,6 +526,18 @@ def _fill_and_free(disk: Path) -> None:
     intake.stop()
 
 
+def test_a_file_that_can_not_be_read_does_not_hold_up_the_others(intake: Intake, journal: Journal) -> None:
+    broken = intake.directory / "w0-000000000000.00000000.log"  # comes first
+    broken.mkdir()
+    admit(journal, "a").settle("ok", 200, 1)
+    intake._round()
+    assert "can't be read: is a directory" in str(intake.state.problem)
+    assert set(rows(intake)) == {"a"}
+    broken.rmdir()
+    intake._round()
+    assert intake.state.problem is None
+
+
 # The thread
 
 

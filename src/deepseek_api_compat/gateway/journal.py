@@ -284,8 +284,10 @@ class Journal:
         return table
 
     def _check_size(self, more: int) -> None:
-        with os.scandir(self._directory) as files:
-            size = sum(file.stat().st_size for file in files if file.name.endswith((".log", ".live")))
+        size = 0
+        for path in self._directory.iterdir():
+            with suppress(FileNotFoundError):  # the supervisor may have just taken it in
+                size += path.stat().st_size if path.suffix in (".log", ".live") else 0
         if size + more > self._settings.max_journal_bytes:
             raise OSError("ledger.max_journal_bytes is reached")
 

@@ -187,7 +187,14 @@ class Intake:
         """One round: take in what there is; returns how many requests. Raises SetupError, OSError. Blocks."""
         with self._lock:
             self.directory.mkdir(mode=0o700, exist_ok=True)
-            taken = sum(self._take_journal(name, logs) for name, logs in self._journals())
+            taken, failed = 0, None
+            for name, logs in self._journals():
+                try:
+                    taken += self._take_journal(name, logs)
+                except OSError as error:  # a file that can't be read must not hold up the others
+                    failed = error
+            if failed is not None:
+                raise failed
             self._complete = self._clock()
             return taken
 
