@@ -268,26 +268,6 @@ def test_no_header_raises_anything_but_a_refusal(header: bytes) -> None:
         assert message in known or message.startswith("The token is malformed: ")
 
 
-def test_a_change_makes_a_new_table_and_leaves_the_old() -> None:
-    key, record = make(7)
-    header = b"Bearer " + key.encode()
-    added = TABLE.with_record(record)
-    removed = added.without(record.id)
-    assert [table.version for table in (TABLE, added, removed)] == [0, 1, 2]
-    assert [len(table) for table in (TABLE, added, removed)] == [2, 3, 2]
-    assert added.authenticate(header).index == 7
-    assert added.authenticate(b"Bearer " + KEY.encode()).index == 3
-    for table in (TABLE, removed):
-        assert refusal(table, header) == keys.UNKNOWN
-
-
-def test_with_record_replaces_the_record_of_the_same_id() -> None:
-    key, record = make()
-    table = KeyTable([record], MASTER, version=41)
-    changed = table.with_record(msgspec.structs.replace(record, enabled=False))
-    assert (changed.version, len(changed)) == (42, 1)
-    assert refusal(changed, b"Bearer " + key.encode()) == keys.DISABLED
-
-
-def test_without_an_unknown_id_changes_nothing_else() -> None:
-    assert len(TABLE.without("nobody")) == 2
+def test_a_table_knows_its_version_and_size() -> None:
+    assert (TABLE.version, len(TABLE)) == (0, 2)
+    assert KeyTable([], MASTER, version=7).version == 7

@@ -231,10 +231,9 @@ def test_rotation_ends_tokens_when_the_overlap_ends() -> None:
 
 
 def test_a_change_of_the_key_reaches_tokens_that_were_verified() -> None:
-    table = KeyTable([RECORD], MASTER)
-    table.authenticate(bearer(token()), NOW)
-    assert refused(table.without(RECORD.id), token()).message == keys.TOKEN_OF_UNKNOWN
-    disabled = table.with_record(msgspec.structs.replace(RECORD, enabled=False))
+    KeyTable([RECORD], MASTER).authenticate(bearer(token()), NOW)
+    assert refused(KeyTable([NARROW], MASTER), token()).message == keys.TOKEN_OF_UNKNOWN
+    disabled = KeyTable([msgspec.structs.replace(RECORD, enabled=False)], MASTER)
     assert refused(disabled, token()).code == "key_disabled"
 
 

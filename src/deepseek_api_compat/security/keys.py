@@ -98,7 +98,7 @@ class _Verified(NamedTuple):
 
 
 class KeyTable:
-    """All keys, in memory. Never changes: a change makes a new table with the next version.
+    """All keys, in memory. Never changes: when a key does, another table takes its place.
 
     What it takes for good: a key, the key before its rotation while that overlaps, and tokens that such a
     key's secret signed. Tokens that were verified are remembered until they expire or the table is replaced,
@@ -154,19 +154,6 @@ class KeyTable:
             raise AuthenticationFailed(ROTATED, code="key_expired")
         _check_usable(record, now)
         return principal
-
-    def with_record(self, record: KeyRecord) -> KeyTable:
-        """This table with `record` added, or put in place of the one with its id."""
-        return self._next({**self._entries, record.id.encode(): _entry(record)})
-
-    def without(self, id: str) -> KeyTable:
-        """This table less the key `id`, if it has it."""
-        return self._next({other: entry for other, entry in self._entries.items() if other != id.encode()})
-
-    def _next(self, entries: dict[bytes, _Entry]) -> KeyTable:
-        table = KeyTable((), self._master, self.version + 1)
-        table._entries = entries
-        return table
 
     def _by_token(self, token: bytes, now: float) -> Principal:
         verified = self._verified.get(token)

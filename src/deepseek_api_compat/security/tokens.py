@@ -90,7 +90,10 @@ def issue(
         max_tokens=max_tokens,
     )
     plain = msgspec.to_builtins(claims)
-    msgspec.convert(plain, Claims)  # a ValidationError is a ValueError
+    try:
+        msgspec.convert(plain, Claims)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
     token = jwt.encode(plain, secret_key, algorithm=ALGORITHM)
     if len(token) > MAX_LENGTH:
         raise ValueError(f"it would be longer than {MAX_LENGTH} bytes; name fewer models or networks")
