@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Annotated, Any
 
 import msgspec
 
-from deepseek_api_compat.errors import AuthenticationFailed, SetupError
+from deepseek_api_compat.errors import AuthenticationFailed, NoSuchThing, SetupError, WrongValue
 from deepseek_api_compat.security import tokens
 from deepseek_api_compat.security.key_fields import convert, read_fields, shown
 from deepseek_api_compat.security.keys import KeyTable, key_hash, new_key, secret_key
 from deepseek_api_compat.security.master import load_master_key, master_id, master_key_place, write_master_key
+from deepseek_api_compat.store.audit import Actor, AuditEntry, this_user
 from deepseek_api_compat.store.base import KeyLimits, KeyRecord, KeyStore
 from deepseek_api_compat.store.datadir import make_data_dir
 from deepseek_api_compat.store.sql import DATABASE, open_store
@@ -22,11 +24,16 @@ from deepseek_api_compat.store.sql import DATABASE, open_store
 MAX_OVERLAP = 90 * 86_400  # seconds
 
 # Operations after which every table of keys is as good as before.
-READ_ONLY = frozenset({"keys.list", "keys.get", "keys.token"})
+READ_ONLY = frozenset({"keys.list", "keys.get", "keys.token", "keys.audit"})
 
 
 class _Rotation(msgspec.Struct, kw_only=True):
     overlap: Annotated[int, msgspec.Meta(ge=0, le=MAX_OVERLAP)] = 0
+
+
+class _Page(msgspec.Struct, kw_only=True):
+    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+    before: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 class _Token(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -39,6 +46,8 @@ class _Token(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class KeyAdmin:
     """The operations `keys.*` over a store. They block; SetupError says in a sentence what was wrong.
 
+    It is a WrongValue for parameters, NoSuchThing for a key that is not there, any other for the database.
+
     keys.create {name, FIELDS}           KEY and {api_key, secret_key}, shown this once
     keys.list {}                         [KEY], oldest first
     keys.get {key}                       KEY
@@ -48,6 +57,9 @@ class KeyAdmin:
     keys.set_enabled {key, enabled}      KEY
     keys.delete {key}                    KEY as it was
     keys.token {key, expires_in, models, networks, max_tokens}      {token, token_id, expires}
+    keys.audit {limit, before}           [{number, at, actor, op, key_id, key_name, changes}], newest first
+
+    What makes or changes something, tokens included, is in the audit log, by the same transaction.
 
     `key` is an id, or a name that only one key has. FIELDS are name, role, owner, enabled, expires, models,
     networks, limits and budget (see key_fields.read_fields); KEY is all of them and more (key_fields.shown).
@@ -65,67 +77,92 @@ class KeyAdmin:
             "keys.set_enabled": self._set_enabled,
             "keys.delete": self._delete,
             "keys.token": self._token,
+            "keys.audit": self._audit,
         }
 
-    def handle(self, op: str, params: dict[str, Any]) -> Any:
-        """The result of an operation, plain data for JSON."""
+    def handle(self, op: str, params: dict[str, Any], actor: Actor | None = None) -> Any:
+        """The result of an operation, plain data for JSON. `actor`: whose doing it is; None: this user's."""
         operation = self._operations.get(op)
         if operation is None:
             raise SetupError(f"There is no operation {op!r}.")
+        by = actor or this_user()
         try:
-            inspect.signature(operation).bind(**params)
+            inspect.signature(operation).bind(by, **params)
         except TypeError as error:
-            raise SetupError(f"Wrong parameters for {op}: {error}.") from None
-        return operation(**params)
+            named = re.search("'(.*)'", str(error))
+            problem = f"Wrong parameters for {op}: {error}."
+            raise WrongValue(problem, named[1] if named else None) from None
+        return operation(by, **params)
 
-    def _create(self, name: str, **fields: Any) -> dict[str, Any]:
+    def _create(self, by: Actor, /, name: str, **fields: Any) -> dict[str, Any]:
         now = time.time()
         given = read_fields("keys.create", {"role": "user", "name": name, **fields}, now)
         limits = {limit: given.pop(limit) for limit in KeyLimits.__struct_fields__ if limit in given}
         id, key = new_key()
         hash = key_hash(self.master, key.encode())
         record = KeyRecord(id=id, hash=hash, created=int(now), limits=KeyLimits(**limits), **given)
-        return self._shown_once(self.store.create(record), key)
+        nothing = dict.fromkeys(shown(record, now))
+        created = self.store.create(record, lambda made: _entry(by, "keys.create", made, nothing))
+        return self._shown_once(created, key)
 
-    def _list(self) -> list[dict[str, Any]]:
+    def _list(self, by: Actor, /) -> list[dict[str, Any]]:
         now = time.time()
         return [shown(record, now) for record in self.store.list()]
 
-    def _get(self, key: str) -> dict[str, Any]:
+    def _get(self, by: Actor, /, key: str) -> dict[str, Any]:
         return shown(self._find(key), time.time())
 
-    def _update(self, key: str, **fields: Any) -> dict[str, Any]:
-        changes = read_fields("keys.update", fields, time.time())
-        return shown(self._changed(key, self.store.update(self._find(key).id, changes)), time.time())
+    def _update(self, by: Actor, /, key: str, **fields: Any) -> dict[str, Any]:
+        return self._change(by, "keys.update", key, fields)
 
-    def _rotate(self, key: str, overlap: int = 0) -> dict[str, Any]:
+    def _set_enabled(self, by: Actor, /, key: str, enabled: bool) -> dict[str, Any]:
+        return self._change(by, "keys.set_enabled", key, {"enabled": enabled})
+
+    def _change(self, by: Actor, op: str, key: str, fields: dict[str, Any]) -> dict[str, Any]:
+        changes = read_fields(op, fields, time.time())
+        old = self._find(key)
+        before = shown(old, time.time())
+        record = self.store.update(old.id, changes, lambda changed: _entry(by, op, changed, before))
+        return shown(self._changed(key, record), time.time())
+
+    def _rotate(self, by: Actor, /, key: str, overlap: int = 0) -> dict[str, Any]:
         rotation = convert("keys.rotate", {"overlap": overlap}, _Rotation)
-        id, new = new_key(self._find(key).id)
-        until = int(time.time()) + rotation.overlap
-        record = self.store.rotate(id, key_hash(self.master, new.encode()), until)
+        old = self._find(key)
+        _, new = new_key(old.id)
+        hash, until = key_hash(self.master, new.encode()), int(time.time()) + rotation.overlap
+        before = shown(old, time.time())
+        record = self.store.rotate(
+            old.id, hash, until, lambda rotated: _entry(by, "keys.rotate", rotated, before)
+        )
         return self._shown_once(self._changed(key, record), new)
 
-    def _set_enabled(self, key: str, enabled: bool) -> dict[str, Any]:
-        return self._update(key, enabled=enabled)
-
-    def _delete(self, key: str) -> dict[str, Any]:
+    def _delete(self, by: Actor, /, key: str) -> dict[str, Any]:
         record = self._find(key)
-        self.store.delete(record.id)
-        return shown(record, time.time())
+        before = shown(record, time.time())
+        self.store.delete(record.id, _entry(by, "keys.delete", record, before))
+        return before
 
-    def _token(self, key: str, **options: Any) -> dict[str, Any]:
+    def _audit(self, by: Actor, /, **page: Any) -> list[dict[str, Any]]:
+        wanted = convert("keys.audit", page, _Page)
+        entries: list[dict[str, Any]] = msgspec.to_builtins(self.store.audit(wanted.limit, wanted.before))
+        return entries
+
+    def _token(self, by: Actor, /, key: str, **options: Any) -> dict[str, Any]:
         wanted = convert("keys.token", options, _Token)
         record = self._find(key)
         secret = secret_key(self.master, record.id, record.version)
         try:
             token = tokens.issue(record.id, secret, **msgspec.structs.asdict(wanted))
         except ValueError as error:
-            raise SetupError(f"Such a token can't be made: {error}.") from None
+            raise WrongValue(f"Such a token can't be made: {error}.") from None
         try:
             principal = KeyTable([record], self.master).authenticate_key(token.encode())
         except AuthenticationFailed as error:  # the key is disabled, expired or narrower
-            raise SetupError(f"Such a token would be refused: {error}") from None
-        return {"token": token, "token_id": principal.token_id, "expires": tokens.read(token.encode()).exp}
+            raise WrongValue(f"Such a token would be refused: {error}") from None
+        made = {"token_id": principal.token_id, "expires": tokens.read(token.encode()).exp}
+        scope = {name: value for name, value in options.items() if value is not None and name != "expires_in"}
+        self.store.note(_noted(by, "keys.token", record, {**made, **scope}))
+        return {"token": token, **made}
 
     def close(self) -> None:
         self.store.close()
@@ -136,21 +173,32 @@ class KeyAdmin:
             return by_id
         named = [record for record in self.store.list() if record.name == key]
         if not named:
-            raise SetupError(f"There is no key with the id or name {key!r}.")
+            raise NoSuchThing(f"There is no key with the id or name {key!r}.")
         if len(named) > 1:
             ids = ", ".join(record.id for record in named)
-            raise SetupError(f"{len(named)} keys are named {key!r}: say which by its id ({ids}).")
+            raise WrongValue(f"{len(named)} keys are named {key!r}: say which by its id ({ids}).", "key")
         return named[0]
 
     @staticmethod
     def _changed(key: str, record: KeyRecord | None) -> KeyRecord:
         if record is None:
-            raise SetupError(f"The key {key!r} was deleted meanwhile.")
+            raise NoSuchThing(f"The key {key!r} was deleted meanwhile.")
         return record
 
     def _shown_once(self, record: KeyRecord, key: str) -> dict[str, Any]:
         secret = secret_key(self.master, record.id, record.version)
         return {**shown(record, time.time()), "api_key": key, "secret_key": secret}
+
+
+def _entry(by: Actor, op: str, record: KeyRecord, before: dict[str, Any]) -> AuditEntry:
+    """An entry that names what is not as it was `before`."""
+    now = shown(record, time.time())
+    return _noted(by, op, record, {name: value for name, value in now.items() if value != before[name]})
+
+
+def _noted(by: Actor, op: str, record: KeyRecord, changes: dict[str, Any]) -> AuditEntry:
+    at = time.time_ns() // 1_000_000
+    return AuditEntry(at=at, actor=by, op=op, key_id=record.id, key_name=record.name, changes=changes)
 
 
 def open_admin(data_dir: Path) -> KeyAdmin:
@@ -201,5 +249,5 @@ def ensure_admin(admin: KeyAdmin) -> str | None:
     """On the first start, when there are no keys, make the key "admin" and return it, this once."""
     if admin.store.list():
         return None
-    created = admin.handle("keys.create", {"name": "admin", "role": "admin"})
+    created = admin.handle("keys.create", {"name": "admin", "role": "admin"}, Actor("service", "first start"))
     return str(created["api_key"])

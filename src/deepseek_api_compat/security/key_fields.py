@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from typing import Annotated, Any, TypeVar, get_args
@@ -9,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from deepseek_api_compat.errors import SetupError
+from deepseek_api_compat.errors import SetupError, WrongValue
 from deepseek_api_compat.security.scope import model_name, network
 from deepseek_api_compat.store.base import MICRO, KeyRecord, Role
 
@@ -50,7 +51,7 @@ def read_fields(op: str, params: Mapping[str, Any], now: float) -> dict[str, Any
     """The fields that `params` gives, as a store takes them: limits one by one, money in micro-units.
 
     {name, role, owner, enabled, expires, models, networks, limits: {rps, ...}, budget}, none of them needed.
-    Raises SetupError with a sentence that names the field.
+    Raises WrongValue.
     """
     found = msgspec.structs.asdict(convert(op, params, _Fields))
     limits = found.pop("limits")
@@ -59,20 +60,31 @@ def read_fields(op: str, params: Mapping[str, Any], now: float) -> dict[str, Any
     given = {name: value for name, value in found.items() if value is not UNSET}
     for name, read in _READERS.items():
         if given.get(name) is not None:
-            given[name] = read(given[name])
+            given[name] = _read(name, read, given[name])
     if given.get("expires") is not None and given["expires"] <= now:
-        raise SetupError("A key must expire in the future; to refuse it now, disable it.")
+        raise WrongValue("A key must expire in the future; to refuse it now, disable it.", "expires")
     return given
 
 
+def _read(name: str, read: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return read(value)
+    except SetupError as error:
+        raise WrongValue(str(error), name) from None
+
+
 def convert(op: str, params: Mapping[str, Any], struct: type[_Struct]) -> _Struct:
-    """`params` as this struct. Raises SetupError."""
+    """`params` as this struct. Raises WrongValue."""
     try:
         return msgspec.convert(params, struct)
     except (msgspec.ValidationError, OverflowError) as error:
         problem, _, place = str(error).partition(" - at `$.")
-        where = f"{place.rstrip('`')}: " if place else ""
-        raise SetupError(f"Wrong parameters for {op}: {where}{problem[:1].lower()}{problem[1:]}.") from None
+        place = place.rstrip("`")
+        unknown = re.search("unknown field `(.*)`", problem)
+        field = f"{place}.{unknown[1]}".lstrip(".") if unknown else place or None
+        where = f"{place}: " if place else ""
+        sentence = f"Wrong parameters for {op}: {where}{problem[:1].lower()}{problem[1:]}."
+        raise WrongValue(sentence, field) from None
 
 
 def shown(record: KeyRecord, now: float) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import msgspec
+
+from deepseek_api_compat.store.audit import AuditEntry
 
 Role = Literal["user", "admin", "metrics"]
 MICRO = 1_000_000  # micro-units in one unit of the configured currency
@@ -64,13 +66,19 @@ _OWN = ("name", "role", "owner", "enabled", "expires", "models", "networks", "bu
 CHANGEABLE = frozenset({*_OWN, *KeyLimits.__struct_fields__})
 
 
+# What the audit log says of a change, made of the key as it is then.
+Note = Callable[[KeyRecord], AuditEntry]
+
+
 class KeyStore(Protocol):
-    """Keys on disk. Calls block, so they run in a thread or in a command, never in an event loop.
+    """Keys on disk, and the audit log of what was done to them. A change and its note are stored together.
+
+    Calls block, so they run in a thread or in a command, never in an event loop.
 
     Failure policy: every fault of the database is a SetupError of one sentence, and nothing is half done.
     """
 
-    def create(self, record: KeyRecord) -> KeyRecord:
+    def create(self, record: KeyRecord, note: Note | None = None) -> KeyRecord:
         """Store a new key and return it with the lowest free slot, whatever slot it came with."""
         ...
 
@@ -80,7 +88,7 @@ class KeyStore(Protocol):
 
     def get(self, id: str) -> KeyRecord | None: ...
 
-    def update(self, id: str, changes: Mapping[str, Any]) -> KeyRecord | None:
+    def update(self, id: str, changes: Mapping[str, Any], note: Note | None = None) -> KeyRecord | None:
         """Give the fields in `changes` (of CHANGEABLE; each limit is one of its own) new values.
 
         Other fields keep theirs, even those that another process changes at this moment. The changed key, or
@@ -88,15 +96,23 @@ class KeyStore(Protocol):
         """
         ...
 
-    def rotate(self, id: str, hash: bytes, old_until: int) -> KeyRecord | None:
+    def rotate(self, id: str, hash: bytes, old_until: int, note: Note | None = None) -> KeyRecord | None:
         """Put `hash` in the place of the key's own, which is good until `old_until`, and count up `version`.
 
         The changed key, or None if there is no such id. What an earlier rotation had left is gone.
         """
         ...
 
-    def delete(self, id: str) -> bool:
+    def delete(self, id: str, entry: AuditEntry | None = None) -> bool:
         """False if there is no such id."""
+        ...
+
+    def note(self, entry: AuditEntry) -> None:
+        """Add to the audit log what changes no key."""
+        ...
+
+    def audit(self, limit: int, before: int | None = None) -> Sequence[AuditEntry]:
+        """At most `limit` entries of the audit log, those with numbers below `before`, newest first."""
         ...
 
     def master_id(self) -> str | None:

@@ -11,11 +11,12 @@ import msgspec
 import sqlalchemy as sa
 
 from deepseek_api_compat.errors import SetupError
-from deepseek_api_compat.store.base import CHANGEABLE, KeyLimits, KeyRecord
+from deepseek_api_compat.store.audit import Actor, AuditEntry
+from deepseek_api_compat.store.base import CHANGEABLE, KeyLimits, KeyRecord, Note
 from deepseek_api_compat.store.database import Schema, make_private, one_sentence, open_database
 
 DATABASE = "deepseek.db"
-HEAD = "0002"
+HEAD = "0003"
 
 metadata = sa.MetaData()
 
@@ -45,6 +46,22 @@ keys = sa.Table(
 # One row at most.
 master_key = sa.Table("master_key", metadata, sa.Column("id", sa.String(32), primary_key=True))
 
+# Triggers, which migration 0003 makes, keep its rows from being changed or deleted.
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("at", sa.BigInteger, nullable=False),
+    sa.Column("actor_kind", sa.String(16), nullable=False),
+    sa.Column("actor_id", sa.String(100), nullable=False),
+    sa.Column("request_id", sa.String(100)),
+    sa.Column("op", sa.String(100), nullable=False),
+    sa.Column("key_id", sa.String(12), nullable=False),
+    sa.Column("key_name", sa.String(100), nullable=False),
+    sa.Column("changes", sa.Text, nullable=False),  # a JSON object
+    sqlite_autoincrement=True,  # no number is given twice
+)
+
 _next = sa.union(sa.select(sa.literal(0).label("slot")), sa.select(keys.c.slot + 1)).subquery()
 _free_slot = sa.select(sa.func.min(_next.c.slot)).where(_next.c.slot.not_in(sa.select(keys.c.slot)))
 
@@ -55,13 +72,17 @@ class SqlStore:
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
 
-    def create(self, record: KeyRecord) -> KeyRecord:
+    def create(self, record: KeyRecord, note: Note | None = None) -> KeyRecord:
         values = _columns(msgspec.structs.asdict(record))
         values["slot"] = _free_slot.scalar_subquery()
         with self._transaction() as connection:
             # One statement picks the slot and takes it, so two writers can't pick the same.
             connection.execute(keys.insert().values(values))
-            return _one(connection, record.id)
+            created = _one(connection, record.id)
+            assert created is not None
+            if note is not None:
+                _add_entry(connection, note(created))
+            return created
 
     def list(self) -> Sequence[KeyRecord]:
         with self._transaction() as connection:
@@ -70,28 +91,43 @@ class SqlStore:
 
     def get(self, id: str) -> KeyRecord | None:
         with self._transaction() as connection:
-            row = connection.execute(keys.select().where(keys.c.id == id)).first()
-            return None if row is None else _record(row)
+            return _one(connection, id)
 
-    def update(self, id: str, changes: Mapping[str, Any]) -> KeyRecord | None:
+    def update(self, id: str, changes: Mapping[str, Any], note: Note | None = None) -> KeyRecord | None:
         if unknown := set(changes) - CHANGEABLE:
             raise ValueError(f"not to be changed: {unknown}")
-        return self._change(id, _columns(changes))
+        return self._change(id, _columns(changes), note)
 
-    def rotate(self, id: str, hash: bytes, old_until: int) -> KeyRecord | None:
+    def rotate(self, id: str, hash: bytes, old_until: int, note: Note | None = None) -> KeyRecord | None:
         moved = {"old_hash": keys.c.hash, "old_version": keys.c.version, "version": keys.c.version + 1}
-        return self._change(id, {**moved, "hash": hash, "old_until": old_until})
+        return self._change(id, {**moved, "hash": hash, "old_until": old_until}, note)
 
-    def _change(self, id: str, values: Mapping[str, Any]) -> KeyRecord | None:
+    def _change(self, id: str, values: Mapping[str, Any], note: Note | None) -> KeyRecord | None:
         with self._transaction() as connection:
             if values:
                 connection.execute(keys.update().where(keys.c.id == id).values(values))
-            row = connection.execute(keys.select().where(keys.c.id == id)).first()
-            return None if row is None else _record(row)
+            changed = _one(connection, id)
+            if changed is not None and note is not None:
+                _add_entry(connection, note(changed))
+            return changed
 
-    def delete(self, id: str) -> bool:
+    def delete(self, id: str, entry: AuditEntry | None = None) -> bool:
         with self._transaction() as connection:
-            return connection.execute(keys.delete().where(keys.c.id == id)).rowcount > 0
+            deleted = connection.execute(keys.delete().where(keys.c.id == id)).rowcount > 0
+            if deleted and entry is not None:
+                _add_entry(connection, entry)
+            return deleted
+
+    def note(self, entry: AuditEntry) -> None:
+        with self._transaction() as connection:
+            _add_entry(connection, entry)
+
+    def audit(self, limit: int, before: int | None = None) -> Sequence[AuditEntry]:
+        query = audit.select().order_by(audit.c.number.desc()).limit(limit)
+        if before is not None:
+            query = query.where(audit.c.number < before)
+        with self._transaction() as connection:
+            return [_audit_entry(row) for row in connection.execute(query)]
 
     def master_id(self) -> str | None:
         with self._transaction() as connection:
@@ -131,8 +167,9 @@ def open_store(data_dir: Path, url: str | None = None) -> SqlStore:
     return SqlStore(open_database(data_dir, DATABASE, url, schema))
 
 
-def _one(connection: sa.Connection, id: str) -> KeyRecord:
-    return _record(connection.execute(keys.select().where(keys.c.id == id)).one())
+def _one(connection: sa.Connection, id: str) -> KeyRecord | None:
+    row = connection.execute(keys.select().where(keys.c.id == id)).first()
+    return None if row is None else _record(row)
 
 
 _LISTS = ("models", "networks")
@@ -156,3 +193,23 @@ def _record(row: sa.Row[tuple[object, ...]]) -> KeyRecord:
         if values[name] is not None:
             values[name] = msgspec.json.decode(values[name], type=tuple[str, ...])
     return KeyRecord(**values)
+
+
+def _add_entry(connection: sa.Connection, entry: AuditEntry) -> None:
+    values = {
+        "at": entry.at,
+        "actor_kind": entry.actor.kind,
+        "actor_id": entry.actor.id,
+        "request_id": entry.actor.request_id,
+        "op": entry.op,
+        "key_id": entry.key_id,
+        "key_name": entry.key_name,
+        "changes": msgspec.json.encode(entry.changes).decode(),
+    }
+    connection.execute(audit.insert().values(values))
+
+
+def _audit_entry(row: sa.Row[tuple[object, ...]]) -> AuditEntry:
+    values: dict[str, Any] = dict(row._mapping)
+    actor = Actor(values.pop("actor_kind"), values.pop("actor_id"), values.pop("request_id"))
+    return AuditEntry(**{**values, "actor": actor, "changes": msgspec.json.decode(values["changes"])})
