@@ -122,7 +122,7 @@ def test_without_a_call_s_header_all_is_text(data: st.DataObject, format: str) -
     wanted = re.sub(rf"{CALLS}[ \n]*{CALLS_END}", "", text.removesuffix(EOS))
     got = answer["content"]
     if format in DSML:
-        markup = r"\n|</think>|</?｜DSML｜(tool_calls|function_calls| calls)>"
+        markup = r"[ \n]|</think>|</?｜DSML｜(tool_calls|function_calls| calls)>"
         wanted, got = re.sub(markup, "", text.removesuffix(EOS)), re.sub(markup, "", got)
     assert got == wanted
     assert not answer["tool_calls"]
@@ -155,9 +155,11 @@ def test_plain_text_is_not_held_at_all(words: list[str], format: str) -> None:
 
 # What a model means, written as it should be.
 
+# Text with a marker of its own can't be written in every format.
+ANY_TEXT = st.text(st.characters(exclude_characters="｜", exclude_categories=["Cs"]))
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda value: st.lists(value, max_size=3) | st.dictionaries(st.text(), value, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | ANY_TEXT,
+    lambda value: st.lists(value, max_size=3) | st.dictionaries(ANY_TEXT, value, max_size=3),
     max_leaves=12,
 )
 KEYS = st.text(st.characters(exclude_characters='"<\\', exclude_categories=["Cs", "Cc"]))

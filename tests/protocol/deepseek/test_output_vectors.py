@@ -1,8 +1,7 @@
-"""Golden vectors of model outputs, at every kind of split, and broken outputs."""
+"""Golden vectors of model outputs, at every kind of split, and with other words in them."""
 
 import json
 from collections.abc import Iterable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_api_compat.errors import EngineFailed
 from deepseek_api_compat.protocol.deepseek import output
-from deepseek_api_compat.protocol.events import Event, Finish, Reasoning, Text, ToolCall
-from deepseek_api_compat.protocol.job import Piece, TokenLogprob
+from protocol.deepseek.answers import add_up, cut, events_of, parser_of
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "outputs.jsonl"
 RECORDS = [json.loads(line) for line in GOLDEN.read_text(encoding="utf-8").split("\n") if line]
-CALL = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+EACH_PARSER = ("r1", "v3.1", "v3.2", "v4.1")
 
 
 def of(format: str) -> list[dict[str, Any]]:
@@ -25,37 +22,8 @@ def of(format: str) -> list[dict[str, Any]]:
 
 
 def run(record: dict[str, Any], chunks: Iterable[str]) -> dict[str, Any]:
-    ids = count()
-    parser = output.parser(
-        record["format"],
-        start=record["start"],
-        tools_declared=record["tools_declared"],
-        tools=record.get("tools", []),
-        new_id=lambda: f"call_{next(ids)}",
-    )
-    pieces = [*(Piece(text=chunk) for chunk in chunks), Piece(finish=record["engine_finish"])]
-    return add_up([event for piece in pieces for event in parser.feed(piece)] + parser.close())
-
-
-def add_up(events: list[Event]) -> dict[str, Any]:
-    calls: list[dict[str, Any]] = []
-    for event in events:
-        if isinstance(event, ToolCall):
-            if event.call_index == len(calls):
-                assert event.id == f"call_{event.call_index}"
-                calls.append({"name": event.name, "arguments": ""})
-            else:
-                assert event.id is None
-                assert event.name is None
-            calls[event.call_index]["arguments"] += event.arguments
-    finishes = [event.reason for event in events if isinstance(event, Finish)]
-    assert len(finishes) == 1
-    return {
-        "content": "".join(event.text for event in events if isinstance(event, Text)),
-        "reasoning_content": "".join(event.text for event in events if isinstance(event, Reasoning)),
-        "tool_calls": calls,
-        "finish_reason": finishes[0],
-    }
+    parser = parser_of(record["format"], record["start"], record["tools_declared"])
+    return add_up(events_of(parser, chunks, record["engine_finish"]))
 
 
 def same_arguments(got: str, wanted: str) -> bool:
@@ -99,7 +67,8 @@ def test_no_split_changes_the_answer(format: str) -> None:
         whole = run(record, [text])
         if run(record, text) != whole:
             wrong.add(record["id"])
-        for at in range(1, len(text), 1 if record["id"].endswith("-a") else 7):
+        every = format in EACH_PARSER and record["id"].endswith("-a")
+        for at in range(1, len(text), 1 if every else 29):
             if run(record, [text[:at], text[at:]]) != whole:
                 wrong.add(record["id"])
     assert sorted(wrong) == []
@@ -107,41 +76,42 @@ def test_no_split_changes_the_answer(format: str) -> None:
 
 @given(st.data())
 def test_broken_outputs_parse_alike_at_any_split(data: st.DataObject) -> None:
-    record = data.draw(st.sampled_from([r for r in RECORDS if r["format"] in output.FORMATS]))
+    record = data.draw(st.sampled_from(RECORDS))
     text = record["output"]
     a, b = sorted(data.draw(st.lists(st.integers(0, len(text)), min_size=2, max_size=2)))
     text = data.draw(st.sampled_from([text[:a], text[:a] + text[b:], text[:b] + text[a:]]))
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=9)))
-    chunks = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    chunks = cut(text, data.draw(st.lists(st.integers(0, len(text)), max_size=9)))
     assert run(record, chunks) == run(record, [text])
 
 
-def test_logprobs_stay_with_text() -> None:
-    parser = output.parser("v3.1", start="content", tools_declared=True, tools=["now"])
-    one, two = TokenLogprob("a", -0.5, [97]), TokenLogprob("<", -1.5, [60])
-    assert parser.feed(Piece([1], "a", [one])) == [Text(0, "a", [one])]
-    assert parser.feed(Piece([2], "<", [two])) == []
-    assert parser.feed(Piece([3], "b")) == [Text(0, "<b", [two])]
+# What the data of the first pack says, and what other data may say.
+WORDS = ("Lisbon", "celsius", "harbour", "Light layers and comfortable shoes.", "A thin jacket is enough.",
+         "May in Lisbon is mild, about 15-22 C.", "Evenings cool down by the river.")  # fmt: skip
+OTHERS = {
+    "Chinese": "东京的天气，很好。「是的」",
+    "emoji": "👩‍👩‍👧‍👦🇵🇹 e\u0301 ✈️",
+    "right to left": "شكراً! ١٢٣ שלום",
+    "Russian": "Пальто — да, «шапка» — нет…",
+    "code": "for (;;) { if (a < b && c > d) return {}; } // 100% <b>",
+    "JSON": "[{}, [[{x: [1, 2.5e3]}]], null]",
+    "much": "слово и дело; " * 20,
+}
 
 
-def test_arguments_stream_as_they_are_written() -> None:
-    parser = output.parser(
-        "v3.1", start="content", tools_declared=True, tools=["now"], new_id=lambda: "call_x"
-    )
-    name, _, rest = CALL.partition("{}")
-    assert parser.feed(Piece(text=name)) == [ToolCall(0, 0, "call_x", "now")]
-    assert parser.feed(Piece(text="{")) == [ToolCall(0, 0, arguments="{")]
-    assert parser.feed(Piece(text="}" + rest)) == [ToolCall(0, 0, arguments="}")]
-    assert parser.feed(Piece(finish="stop")) == [Finish(0, "tool_calls")]
-
-
-def test_an_answer_that_just_ends_is_a_fault() -> None:
-    with pytest.raises(EngineFailed, match="without saying why"):
-        output.parser("r1", start="reasoning", tools_declared=False, tools=[]).close()
-
-
-def test_what_there_is_not_is_named() -> None:
-    with pytest.raises(ValueError, match="not 'v9'"):
-        output.parser("v9", start="content", tools_declared=False, tools=[])
-    with pytest.raises(ValueError, match="not 'middle'"):
-        output.parser("v3.1", start="middle", tools_declared=False, tools=[])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_words_give_the_same_answer_with_other_words(kind: str) -> None:
+    """Wherever the words stand: text, reasoning, arguments."""
+    wrong, changed = set(), 0
+    for record in RECORDS:
+        if not record["id"].endswith("-a"):
+            continue
+        text = json.dumps({**record, "chunks": None}, ensure_ascii=False)
+        for word in WORDS:
+            text = text.replace(word, OTHERS[kind])
+        other = json.loads(text)
+        changed += other["output"] != record["output"]
+        chunks = [other["output"][at : at + 5] for at in range(0, len(other["output"]), 5)]
+        if not right(run(other, chunks), other):
+            wrong.add(record["id"])
+    assert sorted(wrong) == []
+    assert changed > 300
