@@ -1,7 +1,7 @@
 from ipaddress import ip_address, ip_network
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_api_compat.security.scope import is_within, model_name, network, networks
@@ -68,6 +68,7 @@ def small_networks(draw: st.DrawFn) -> str:
     return str(ip_network(f"{address}/{length}", strict=False))
 
 
+@settings(deadline=None)
 @given(small_networks(), st.lists(small_networks(), max_size=3))
 def test_within_means_that_one_has_every_address(inner: str, outer: list[str]) -> None:
     def members(text: str) -> set[str]:
