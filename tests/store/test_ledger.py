@@ -197,6 +197,29 @@ def test_rows_are_read_in_pages_and_filtered(store: Ledger) -> None:
     assert list(store.rows(Filter(model="other"))) == []
 
 
+def test_the_newest_rows_come_first_and_pages_follow_one_another(store: Ledger) -> None:
+    same_moment = [row(f"{number:03}", number // 3, key_id="ab"[number % 2]) for number in range(10)]
+    store.take_in(batch(0, 1, same_moment))
+    found: list[LedgerRow] = []
+    before = None
+    while page := store.newest(Filter(), 4, before):
+        found += page
+        before = page[-1].started, page[-1].request_id
+    assert found == same_moment[::-1]
+    assert [one.request_id for one in store.newest(Filter(key_id="a"), 2)] == ["008", "006"]
+
+
+def test_a_summary_of_too_many_groups_stops_early(store: Ledger) -> None:
+    store.take_in(batch(0, 1, [row(f"{number}", key_id=f"k{number:02}") for number in range(30)]))
+    assert len(store.summary(Filter(), ["key"], most=30)) == 30
+    assert 2 < len(store.summary(Filter(), ["key"], most=2)) < 30
+
+
+def test_the_price_of_a_key_is_what_it_spent_in_all(store: Ledger) -> None:
+    store.take_in(batch(0, 1, [row("a", -1), row("b", 1), row("c", key_id="bob", price=10**15)]))
+    assert [store.price(key) for key in ("alice", "bob", "carol")] == [14, 10**15, 0]
+
+
 def test_old_rows_are_deleted_in_batches_and_sums_stay(store: Ledger) -> None:
     rows = [row(str(number), number) for number in range(10)]
     store.take_in(batch(0, 1, rows, [Refusals(MIDNIGHT // 60 - 1, "alice", "over", 1)]))

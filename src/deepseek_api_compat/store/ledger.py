@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 import sqlalchemy as sa
@@ -207,6 +207,16 @@ class Ledger:
                 return
             after = (found[-1].started, found[-1].request_id)
 
+    def newest(self, which: Filter, limit: int, before: tuple[int, str] | None = None) -> list[LedgerRow]:
+        """At most `limit` rows, newest first; `before`: only those older than the row of this start and id."""
+        order = (ledger.c.started, ledger.c.request_id)
+        query = sa.select(ledger).where(*_conditions(which)).limit(limit)
+        if before is not None:
+            query = query.where(sa.tuple_(*order) < sa.tuple_(*before))
+        with self._transaction() as connection:
+            found = connection.execute(query.order_by(*(column.desc() for column in order)))
+            return [LedgerRow(*row) for row in found]
+
     def get(self, request_id: str) -> LedgerRow | None:
         with self._transaction() as connection:
             row = connection.execute(sa.select(ledger).where(ledger.c.request_id == request_id)).first()
@@ -225,11 +235,16 @@ class Ledger:
         with self._transaction() as connection:
             return [Refusals(*row) for row in connection.execute(query)]
 
-    def summary(self, which: Filter, by: Iterable[Grouping]) -> list[Usage]:
-        """Sums of all requests in whole UTC hours that overlap the filter's times, in order of the groups."""
+    def summary(self, which: Filter, by: Iterable[Grouping], most: int | None = None) -> list[Usage]:
+        """Sums of all requests in whole UTC hours that overlap the filter's times, in order of the groups.
+
+        Reads no more than it takes to see that there are over `most` groups.
+        """
         columns = _grouping(by)
         sums = [_sum(usage.c[name]).label(name) for name in SUMS]
         query = sa.select(*columns, usage.c.outcome, *sums).group_by(*columns, usage.c.outcome)
+        if most is not None:
+            query = query.limit(most * len(get_args(Outcome)) + 1)
         with self._transaction() as connection:
             found = connection.execute(query.where(*_hours(which)).order_by(*columns))
             return _folded(found, [column.name for column in columns])
@@ -243,6 +258,12 @@ class Ledger:
             used = {key: count for key, count in connection.execute(of_today)}  # noqa: C416 - rows, not tuples
             found = connection.execute(sa.select(totals.c.key_id, totals.c.price))
             return {key: Spent(price, used.get(key, 0)) for key, price in found}
+
+    def price(self, key_id: str) -> int:
+        """What a key has spent in all, in micro-units."""
+        with self._transaction() as connection:
+            query = sa.select(totals.c.price).where(totals.c.key_id == key_id)
+            return int(connection.execute(query).scalar() or 0)
 
     # Keeping
 
