@@ -31,6 +31,7 @@ SECTIONS: dict[str, type[config.Section]] = {
     "server": config.ServerSettings,
     "limits": config.LimitSettings,
     "models": config.ModelSettings,
+    "models.limits": config.ModelLimitSettings,
     "models.engines": config.EngineSettings,
     "ledger": config.LedgerSettings,
     "prices": config.PriceSettings,
@@ -61,7 +62,7 @@ def sections(page: Path) -> dict[str, str]:
 
 
 def settings() -> Iterator[tuple[str, msgspec.structs.FieldInfo]]:
-    nested = set(SECTIONS) | {"models.engines"}
+    nested = set(SECTIONS)
     for section, struct in SECTIONS.items():
         for field in msgspec.structs.fields(struct):
             name = f"{section}.{field.name}"

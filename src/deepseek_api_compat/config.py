@@ -55,10 +55,16 @@ class ServerSettings(Section, frozen=True):
 
 
 class LimitSettings(Section, frozen=True):
-    """`[limits]`: what one key, and the service as a whole, may ask for."""
+    """`[limits]`: what one key, and the service as a whole, may ask for. 0 of a limit: none."""
 
     requests_per_second: float = 100.0
     burst_seconds: float = 1.0
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    tokens_per_day: int = 0
+    concurrency: int = 0
+    reserved_completion_tokens: int = 1024
+    redis_url: str | None = None
     max_queue: int = 128
     queue_timeout: float = 300.0
     max_n: int = 16
@@ -88,6 +94,18 @@ class EngineSettings(Section, frozen=True):
     read_timeout: float = 600.0
 
 
+class ModelLimitSettings(Section, frozen=True):
+    """`[models.limits]`: what all keys together may ask of a model. 0 of a limit: none."""
+
+    requests_per_second: float = 0.0
+    burst_seconds: float = 1.0
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    tokens_per_day: int = 0
+    concurrency: int = 0
+    budget: Decimal | None = None
+
+
 class ModelSettings(Section, frozen=True):
     """`[[models]]`: a name that clients use, and the engines behind it.
 
@@ -101,6 +119,7 @@ class ModelSettings(Section, frozen=True):
     temperature: float = 1.0
     top_p: float = 1.0
     temperature_mapping: bool = False
+    limits: ModelLimitSettings = ModelLimitSettings()
     engines: list[EngineSettings] = []
 
 
@@ -249,13 +268,16 @@ def _check(settings: Settings) -> None:
             f"server.require_tls forbids plain text on {server.host}: give tls_cert and tls_key",
         ),
         (server.max_body_bytes >= 1024, "server.max_body_bytes must be at least 1024"),
-        (limits.requests_per_second >= 0, "limits.requests_per_second can't be negative (0 means no limit)"),
+        (limits.reserved_completion_tokens >= 1, "limits.reserved_completion_tokens must be at least 1"),
         (1 <= limits.max_n <= 128, "limits.max_n must be between 1 and 128"),
         (0 <= limits.max_queue <= 4000, "limits.max_queue must be between 0 and 4000"),
     ]
-    rules += _ledger_rules(settings)
+    rules += _limit_rules("limits", limits) + _ledger_rules(settings)
     for model in settings.models:
         where = f"models.{model.name}"
+        rules += _limit_rules(f"{where}: limits", model.limits)
+        problem = f"{where}: limits.budget must be between 0 and 1000000000000, with 6 decimals at most"
+        rules.append((_is_amount(model.limits.budget, 10**12), problem))
         rules.append((0 <= model.temperature <= 2, f"{where}: temperature must be between 0 and 2"))
         rules.append((0 < model.top_p <= 1, f"{where}: top_p must be above 0 and at most 1"))
         rules.append((bool(model.engines), f"{where} has no engine: add a [[models.engines]] table"))
@@ -280,6 +302,19 @@ def _check(settings: Settings) -> None:
             raise ConfigError(f"Configuration: {problem}.")
 
 
+def _limit_rules(where: str, limits: LimitSettings | ModelLimitSettings) -> list[tuple[bool, str]]:
+    """Upper bounds keep the arithmetic on shared 64-bit cells far from its ends."""
+    rules: list[tuple[bool, str]] = []
+    for name in ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "concurrency"):
+        problem = f"{where}.{name} must be between 0 (no limit) and 1000000000000"
+        rules.append((0 <= getattr(limits, name) <= 10**12, problem))
+    rate = limits.requests_per_second
+    ok = rate == 0 or 1e-6 <= rate <= 1e6
+    rules.append((ok, f"{where}.requests_per_second must be 0 (no limit) or between 0.000001 and 1000000"))
+    rules.append((0 <= limits.burst_seconds <= 3600, f"{where}.burst_seconds must be between 0 and 3600"))
+    return rules
+
+
 def _ledger_rules(settings: Settings) -> list[tuple[bool, str]]:
     ledger = settings.ledger
     code = ledger.currency
@@ -294,12 +329,12 @@ def _ledger_rules(settings: Settings) -> list[tuple[bool, str]]:
         rules.append((models.count(price.model) == 1, f"the model {price.model!r} has two prices"))
         for name in ("prompt", "cached", "completion"):
             problem = f"prices.{price.model}: {name} must be between 0 and 1000000, with 6 decimals at most"
-            rules.append((_is_rate(getattr(price, name)), problem))
+            rules.append((_is_amount(getattr(price, name), 10**6), problem))
     return rules
 
 
-def _is_rate(amount: Decimal | None) -> bool:
-    return amount is None or (amount.is_finite() and 0 <= amount <= 10**6 and amount == round(amount, 6))
+def _is_amount(amount: Decimal | None, most: int) -> bool:
+    return amount is None or (amount.is_finite() and 0 <= amount <= most and amount == round(amount, 6))
 
 
 def check_files(settings: Settings) -> None:

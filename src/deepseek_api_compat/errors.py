@@ -10,6 +10,7 @@
        +- InvalidRequest     400   the request is malformed; the message names the field
        |  +- ContextTooLong  400   prompt and answer don't fit; the message has both numbers
        +- AuthenticationFailed 401
+       +- InsufficientQuota  402   the budget is used up
        +- PermissionDenied   403
        +- NotFound           404
        |  +- ModelNotFound   404   the message lists the known models
@@ -123,6 +124,12 @@ class AuthenticationFailed(ApiError):
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
+
+
+class InsufficientQuota(ApiError):
+    status = 402
+    type = "insufficient_quota"
+    code = "insufficient_quota"
 
 
 class PermissionDenied(ApiError):
