@@ -10,7 +10,7 @@ from deepseek_api_compat.config import Settings
 from deepseek_api_compat.engines.base import EngineState
 from deepseek_api_compat.gateway.chat import ChatService
 from deepseek_api_compat.gateway.gate import Gate
-from deepseek_api_compat.gateway.limits import MAX_KEYS, RateLimiter
+from deepseek_api_compat.gateway.local_limits import LocalLimiter
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.response import Pulse
 from deepseek_api_compat.gateway.routes import Api, ModelDirectory
@@ -27,11 +27,21 @@ def replica_counts(settings: Settings) -> list[int]:
 
 def shared_cells(settings: Settings) -> int:
     """Cells of shared memory that a service with these settings needs."""
-    return SlotTable.cells_for(replica_counts(settings), settings.server.workers) + MAX_KEYS
+    workers = settings.server.workers
+    return SlotTable.cells_for(replica_counts(settings), workers) + LocalLimiter.cells_for(
+        len(settings.models), workers
+    )
 
 
 def slot_table(settings: Settings, memory: SharedMemory) -> SlotTable:
     return SlotTable(memory, 0, replica_counts(settings), settings.server.workers)
+
+
+def local_limiter(settings: Settings, memory: SharedMemory, worker: int = 0) -> LocalLimiter:
+    """The limits of worker number `worker`; for the supervisor of any."""
+    workers = settings.server.workers
+    offset = SlotTable.cells_for(replica_counts(settings), workers)
+    return LocalLimiter(memory, offset, settings.limits, settings.models, workers=workers, worker=worker)
 
 
 class Application:
@@ -58,13 +68,7 @@ class Application:
             timeout=limits.queue_timeout,
         )
         self._pools = [ModelPool(index, model, self._leases) for index, model in enumerate(settings.models)]
-        limiter = RateLimiter(
-            memory,
-            memory.cells - MAX_KEYS,
-            default_rps=limits.requests_per_second,
-            burst_seconds=limits.burst_seconds,
-            alone=settings.server.workers == 1,
-        )
+        limiter = local_limiter(settings, memory, worker)
         self.pulse = Pulse(settings.server.first_event_timeout, settings.server.keep_alive_interval)
         directory = ModelDirectory(self._pools, created)
         self._templates = Templates()

@@ -26,7 +26,7 @@ from deepseek_api_compat.errors import (
     PermissionDenied,
 )
 from deepseek_api_compat.gateway import metrics
-from deepseek_api_compat.gateway.limits import Allowance, OverRate, RateLimiter
+from deepseek_api_compat.gateway.limits import Allowance, Grant, Limiter, OverLimit
 from deepseek_api_compat.gateway.metrics import Tally
 from deepseek_api_compat.gateway.response import Headers, Responder, send_error
 from deepseek_api_compat.security.keys import KeyTable, Principal
@@ -41,7 +41,18 @@ logger = logging.getLogger("deepseek_api")
 class Call:
     """One request on its way through its handler."""
 
-    __slots__ = ("_max_body", "_receive", "headers", "id", "out", "principal", "rest", "scope", "tally")
+    __slots__ = (
+        "_max_body",
+        "_receive",
+        "grant",
+        "headers",
+        "id",
+        "out",
+        "principal",
+        "rest",
+        "scope",
+        "tally",
+    )
 
     def __init__(self, scope: Scope, receive: Receive, request_id: str, tally: Tally, max_body: int) -> None:
         self.scope = scope
@@ -52,6 +63,7 @@ class Call:
         self._max_body = max_body
         self.headers: Headers = [b"x-request-id: %b\r\n" % request_id.encode()]
         self.principal: Principal | None = None
+        self.grant: Grant | None = None
         self.rest = ""  # what follows the route's path, as the id in /models/{id}
 
     @property
@@ -114,18 +126,20 @@ def header(scope: Scope, name: bytes) -> bytes:
     return b""
 
 
-def rate_headers(allowance: Allowance) -> Headers:
+def rate_headers(requests: Allowance | None, tokens: Allowance | None) -> Headers:
+    """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}`, of the limits there are."""
     return [
-        b"x-ratelimit-limit-requests: %d\r\n" % allowance.limit,
-        b"x-ratelimit-remaining-requests: %d\r\n" % allowance.remaining,
-        b"x-ratelimit-reset-requests: %.3fs\r\n" % allowance.reset,
+        b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %.3fs\r\n"
+        % (kind, allowance.limit, kind, allowance.remaining, kind, allowance.reset)
+        for kind, allowance in ((b"requests", requests), (b"tokens", tokens))
+        if allowance is not None
     ]
 
 
 class Gate:
     """The ASGI application. Failure policy: an unknown error is a 500 with the request id, logged once."""
 
-    def __init__(self, routes: list[Route], keys: KeyTable, limiter: RateLimiter, settings: Settings) -> None:
+    def __init__(self, routes: list[Route], keys: KeyTable, limiter: Limiter, settings: Settings) -> None:
         self.keys = keys
         self._limiter = limiter
         self._max_body = settings.server.max_body_bytes
@@ -166,6 +180,8 @@ class Gate:
             await call.end_early(InternalError(f"Internal error; its request id is {call.id}."))
         finally:
             connection.handler = None
+            if call.grant is not None:
+                call.grant.settle(0, 0)  # of no effect where the handler has told what was used
             tally.settle(time.monotonic())
 
     async def _serve(self, call: Call) -> None:
@@ -184,12 +200,11 @@ class Gate:
             raise MethodNotAllowed(scope["method"], tuple(route.methods))
         if call.principal is not None:
             try:
-                allowance = self._limiter.admit(call.principal.index, call.principal.limits.rps)
-            except OverRate as error:
-                call.headers += rate_headers(error.allowance)
+                grant = call.grant = await self._limiter.admit_request(call.principal)
+            except OverLimit as error:
+                call.headers += rate_headers(error.requests, error.tokens)
                 raise
-            if allowance is not None:
-                call.headers += rate_headers(allowance)
+            call.headers += rate_headers(grant.requests, grant.tokens)
         await handler(call)
 
     def _find(self, call: Call, path: str) -> Route | None:

@@ -24,7 +24,7 @@ from deepseek_api_compat.engines.base import EngineState
 from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.gateway import channel
-from deepseek_api_compat.gateway.app import shared_cells, slot_table
+from deepseek_api_compat.gateway.app import local_limiter, shared_cells, slot_table
 from deepseek_api_compat.gateway.replicas import Replica, WatchedUpstream, replicas_of
 from deepseek_api_compat.gateway.shared import SharedMemory
 from deepseek_api_compat.gateway.slots import wake
@@ -84,6 +84,7 @@ class Supervisor:
 
         self._memory = SharedMemory.create(shared_cells(settings))
         self._slots = slot_table(settings, self._memory)
+        self._limiter = local_limiter(settings, self._memory)
         self._pipes = [os.pipe() for _ in range(settings.server.workers)]
         for read, write in self._pipes:
             os.set_blocking(read, False)
@@ -179,6 +180,7 @@ class Supervisor:
             began = time.monotonic()
             await self._run_worker(worker)
             wake([write for _, write in self._pipes], self._slots.forget_worker(worker.index))
+            self._limiter.forget_worker(worker.index)
             if self._stopping.is_set():
                 return
             worker.failures = worker.failures + 1 if time.monotonic() - began < 5.0 else 0
