@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from deepseek_api_compat.config import Settings
@@ -106,16 +106,22 @@ Handler = Callable[[Call], Awaitable[None]]
 
 
 class Route:
-    """A path under every prefix. `open_to`: roles that may use it; empty means public."""
+    """A path under each of `prefixes`. `open_to`: roles that may use it; empty means public."""
 
-    __slots__ = ("methods", "open_to", "path", "takes_rest")
+    __slots__ = ("methods", "open_to", "path", "prefixes", "takes_rest")
 
     def __init__(
-        self, path: str, methods: dict[str, Handler], open_to: frozenset[str], takes_rest: bool = False
+        self,
+        path: str,
+        methods: dict[str, Handler],
+        open_to: frozenset[str],
+        takes_rest: bool = False,
+        prefixes: Sequence[str] = PREFIXES,
     ) -> None:
         self.path = path
         self.methods = methods
         self.open_to = open_to
+        self.prefixes = prefixes
         self.takes_rest = takes_rest
 
 
@@ -143,9 +149,9 @@ class Gate:
         self.keys = keys
         self._limiter = limiter
         self._max_body = settings.server.max_body_bytes
-        self._exact = {p + route.path: route for p in PREFIXES for route in routes if not route.takes_rest}
+        self._exact = {p + route.path: route for route in routes if not route.takes_rest for p in route.prefixes}
         self._with_rest = [
-            (p + route.path + "/", route) for p in PREFIXES for route in routes if route.takes_rest
+            (p + route.path + "/", route) for route in routes if route.takes_rest for p in route.prefixes
         ]
         self._id_prefix = os.urandom(6).hex()
         self._ids = itertools.count(1)
