@@ -24,9 +24,10 @@ What is not as it should be:
 - Parameters with string="false" are passed on as written, be they JSON or not. Without `string=` they are
   JSON if they are that, else a string; beyond HOLD_LIMIT characters those that begin with "{" or "[" are
   taken for JSON and others for a string. Parameters of the same name are all passed on.
-- A call whose content is no parameter has it as its arguments, verbatim; usually that is their JSON.
-- An output that ends in a call leaves the arguments as far as they were written. Half a tag is left out if it
-  has come to its bar.
+- What is no parameter goes into the arguments as it is written, up to the end of the call, without white
+  space around it: a call may have its arguments in JSON instead of parameters.
+- An output that ends in a call leaves the arguments as far as they were written. Half a tag is left out
+  between parameters, and in a value if it has come to its bar.
 """
 
 from __future__ import annotations
@@ -58,15 +59,21 @@ _CALL_ENDS = Markers("</｜DSML｜invoke>", "</｜DSML｜ invoke>")
 _PARAMETERS = Markers('<｜DSML｜parameter name="', '<｜DSML｜ parameter name="')
 _VALUE_ENDS = Markers("</｜DSML｜parameter>", "</｜DSML｜ parameter>")
 
-_OPENERS = (*_BLOCKS.all, *_CALLS.all)
+_THINK_END, _THOUGHT_STOPS = Markers(THINK_END), Markers(THINK_END, *_BLOCKS.all)
+_CONTENT_STOPS = {  # are there tools, and are stray think tags left out?
+    (False, False): Markers(),
+    (False, True): _THINK_END,
+    (True, False): Markers(*_BLOCKS.all, *_CALLS.all),
+    (True, True): Markers(THINK_END, *_BLOCKS.all, *_CALLS.all),
+}
 _IN_BLOCK = Markers(*_CALLS.all, *_BLOCK_ENDS.all)
 _BETWEEN_CALLS = Markers(*_BLOCKS.all, *_IN_BLOCK.all)
 _IN_CALL = Markers(*_PARAMETERS.all, *_CALL_ENDS.all, *_BLOCK_ENDS.all)
 _BODY_STOPS = Markers(*_CALL_ENDS.all, *_BLOCK_ENDS.all)
 _VALUE_STOPS = Markers(*_VALUE_ENDS.all, *_PARAMETERS.all, *_CALL_ENDS.all)
 _QUOTE, _TAG_ENDS = Markers('"'), Markers(">", "/>")
-_STRING, _NO_STRING, _UNTYPED = '" string="true">', '" string="false">', '">'
-_TYPES = Markers(_STRING, _NO_STRING, _UNTYPED)
+_STRING, _JSON, _UNTYPED = '" string="true">', '" string="false">', '">'
+_TYPES = Markers(_STRING, _JSON, _UNTYPED)
 
 _SPACE, _NEWLINES, _ATTRIBUTE = re.compile(r"[ \t\r\n]*"), re.compile(r"\n*"), re.compile(r'[^"<]*')
 _LIKE_JSON, _BRACKET = re.compile(r'[ \t\r\n]*(?:\Z|[-"\[{tfn0-9])'), re.compile(r"[ \t\r\n]*[\[{]")
@@ -80,8 +87,6 @@ class DsmlParser(Reader):
     ) -> None:
         super().__init__(start=start, tools_declared=tools_declared, index=index, new_id=new_id)
         self._trim = trim
-        self._thought_stops = Markers(THINK_END, *(_BLOCKS.all if tools_declared else ()))
-        self._stops = Markers(*((THINK_END,) if trim else ()), *(_OPENERS if tools_declared else ()))
         self._framing = NEWLINES if trim else 2  # before a block
         self._closed = False  # by its own tag
 
@@ -96,10 +101,9 @@ class DsmlParser(Reader):
     def _thought(self) -> Reading[None]:
         if not self._continued:
             yield from self._lead()
+        stops = _THOUGHT_STOPS if self._tools else _THINK_END
         framing = self._framing if self._trim or self._tools else 0
-        while self._thinking and (
-            found := (yield from self._up_to(self._thought_stops, self._pass, framing))
-        ):
+        while self._thinking and (found := (yield from self._up_to(stops, self._pass, framing))):
             if found != THINK_END:
                 yield from self._block(self._at + 1 - self._done)
                 continue
@@ -110,8 +114,8 @@ class DsmlParser(Reader):
             yield from self._lead()
 
     def _content(self) -> Reading[None]:
-        framing = self._framing if self._tools else 0
-        while found := (yield from self._up_to(self._stops, self._pass, framing)):
+        stops, framing = _CONTENT_STOPS[self._tools, self._trim], self._framing if self._tools else 0
+        while found := (yield from self._up_to(stops, self._pass, framing)):
             if found == THINK_END:
                 self._pass(self._at)
                 self._skip(self._at + len(THINK_END))
@@ -150,8 +154,8 @@ class DsmlParser(Reader):
             key, kind = found
             self._skip(self._at)
             string = (yield from self._is_string()) if kind == _UNTYPED else kind == _STRING
-            written = ("{" if first else ", ") + json.dumps(key, ensure_ascii=False) + ": "
-            self._write(written + '"' * string, self._done)
+            opening = ("{" if first else ", ") + json.dumps(key, ensure_ascii=False) + ": "
+            self._write(opening + ('"' if string else ""), self._done)
             first = False
             if not (yield from self._value(string)):
                 return False
@@ -191,7 +195,7 @@ class DsmlParser(Reader):
         if not found:
             self._leave_open(take)
             return False
-        self._write('"' * string, self._at + len(found) * (found in _VALUE_ENDS.all))
+        self._write('"' if string else "", self._at + (len(found) if found in _VALUE_ENDS.all else 0))
         return True
 
     def _body(self) -> Reading[bool]:
@@ -201,7 +205,7 @@ class DsmlParser(Reader):
         if not found:
             self._leave_open(self._take)
             return False
-        self._end_call(self._at + len(found) * (found in _CALL_ENDS.all))
+        self._end_call(self._at + (len(found) if found in _CALL_ENDS.all else 0))
         return True
 
     def _take(self, to: int) -> None:

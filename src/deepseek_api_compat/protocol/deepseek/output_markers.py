@@ -109,18 +109,23 @@ class MarkerParser(Reader):
                 sure = self._before_end(quoted)
                 self._write(self._held[self._done : sure], sure)
                 yield
-            elif found[0] == '"':
-                quoted = not quoted
+                continue
+            ended = self._is_end(found, quoted)
+            if ended is False:
+                quoted ^= found[0] == '"'
                 self._at = found.end()
-            elif quoted and (found[0][0] == "\\" or self._followed(found.end()) is False):
-                self._at = found.end()
-            elif quoted and self._followed(found.end()) is None:
-                self._write(self._held[self._done : found.start()], found.start())
-                yield
-            else:
-                self._write(self._held[self._done : found.start()], found.start())
+                continue
+            self._write(self._held[self._done : found.start()], found.start())
+            if ended:
                 self._end_call(found.end())
                 return not found[0].endswith(CALLS_END)
+            yield
+
+    def _is_end(self, found: re.Match[str], quoted: bool) -> bool | None:
+        """Do the arguments end here, and not just a string or an escape in them? None while that is open."""
+        if found[0][0] in '"\\':
+            return False
+        return self._followed(found.end()) if quoted else True
 
     def _before_end(self, quoted: bool) -> int:
         """Where half an end marker, or half an escape, begins at the end of what is held; else that end."""

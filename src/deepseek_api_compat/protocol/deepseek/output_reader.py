@@ -23,11 +23,11 @@ Reading = Generator[None, None, _T]  # each `yield` waits for more of the output
 
 
 class NoCall(Exception):
-    """What is read is no call."""
+    """What is read is not what was looked for: a call, or a part of one."""
 
 
 class Cut(NoCall):
-    """The output ended where it was still like one."""
+    """The output ended while it still looked like that."""
 
 
 class Markers:
@@ -56,8 +56,11 @@ class Reader(ABC):
     """Parser of one choice. Every split of an output gives events that add up to the same answer.
 
     A format says in the abstract methods how it writes an answer, as generators that yield where they need
-    more of it. What is held begins at `_done` in `_held`; it is read up to `_at`. Held is at most what may be
-    the beginning of a marker, where a marker is also the header of a call, which HOLD_LIMIT bounds.
+    more of it. What is held begins at `_done` in `_held`; it is read up to `_at`. Both move with it when more
+    comes, so no other place in it may be kept over a `yield`.
+
+    Held is at most what may be the beginning of a marker, where a marker is also the header of a call or the
+    tag of a parameter, which HOLD_LIMIT bounds; and a value of unknown type, up to that limit.
 
     A call is reported when its header is complete. What never gets there is text, verbatim. A call counts
     when its end arrived; one that never ends stays as streamed. One EOS token at the very end is left out.
@@ -199,6 +202,8 @@ class Reader(ABC):
             yield
 
     def _before_newlines(self, at: int, most: int) -> int:
+        if not most:
+            return at
         start = max(self._done, at - most)
         return start + len(self._held[start:at].rstrip("\n"))
 
