@@ -51,7 +51,7 @@ class ModelError(SetupError):
 
 
 class WrongValue(SetupError):
-    """What an operation was given is wrong. `field` is its path (`limits.rps`), None if there is no one field."""
+    """What an operation was given is wrong. `field` is a path (`limits.rps`), None if it is no one field."""
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)

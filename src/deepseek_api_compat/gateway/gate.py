@@ -149,10 +149,9 @@ class Gate:
         self.keys = keys
         self._limiter = limiter
         self._max_body = settings.server.max_body_bytes
-        self._exact = {p + route.path: route for route in routes if not route.takes_rest for p in route.prefixes}
-        self._with_rest = [
-            (p + route.path + "/", route) for route in routes if route.takes_rest for p in route.prefixes
-        ]
+        places = [(prefix + route.path, route) for route in routes for prefix in route.prefixes]
+        self._exact = {path: route for path, route in places if not route.takes_rest}
+        self._with_rest = [(path + "/", route) for path, route in places if route.takes_rest]
         self._id_prefix = os.urandom(6).hex()
         self._ids = itertools.count(1)
 

@@ -208,7 +208,7 @@ class Ledger:
             after = (found[-1].started, found[-1].request_id)
 
     def newest(self, which: Filter, limit: int, before: tuple[int, str] | None = None) -> list[LedgerRow]:
-        """At most `limit` rows, newest first; `before`: only those older than the row of this start and id."""
+        """At most `limit` rows, newest first; `before`: those older than the row of that start and id."""
         order = (ledger.c.started, ledger.c.request_id)
         query = sa.select(ledger).where(*_conditions(which)).limit(limit)
         if before is not None:
