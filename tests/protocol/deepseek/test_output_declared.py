@@ -11,8 +11,8 @@ from deepseek_api_compat.protocol.deepseek import output
 from deepseek_api_compat.protocol.deepseek.output_dsml import NEWLINES
 from deepseek_api_compat.protocol.deepseek.output_reader import HOLD_LIMIT
 from deepseek_api_compat.protocol.deepseek.segments import EOS
-from deepseek_api_compat.protocol.events import Finish, ToolCall
-from deepseek_api_compat.protocol.job import Piece
+from deepseek_api_compat.protocol.events import Finish, Text, ToolCall
+from deepseek_api_compat.protocol.job import Piece, TokenLogprob
 from protocol.deepseek.answers import add_up, events_of, in_order, parser_of
 
 CALLS, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -316,6 +316,19 @@ def test_thinking_says_what_comes_next() -> None:
     parser = parser_of("v4", "reasoning")
     parser.feed(Piece(text=f"{BLOCK}{LOOK}"))
     assert not parser.thinking
+
+
+def test_arguments_stream_as_they_are_written() -> None:
+    parser = parser_of("v3")
+    assert parser.feed(Piece(text=CALLS + V3)) == [ToolCall(0, 0, "call_0", "look")]
+    told = [parser.feed(Piece(text=text)) for text in ("{", '"a":', "1}", "\n", "``", f"`{CALL_END}")]
+    assert told == [[ToolCall(0, 0, arguments=text)] for text in ("{", '"a":', "1}")] + [[], [], []]
+    assert parser.feed(Piece(finish="stop")) == [Finish(0, "tool_calls")]
+
+
+def test_half_a_character_keeps_its_logprobs() -> None:
+    parser, half = parser_of("v3.1"), TokenLogprob("\ufffd", -0.5, [0xF0, 0x9F])
+    assert parser.feed(Piece([1], "", [half])) == [Text(0, "", [half])]
 
 
 def test_parameters_stream_as_they_are_written() -> None:
