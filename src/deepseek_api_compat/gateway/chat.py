@@ -23,7 +23,7 @@ from deepseek_api_compat.protocol import formats, prompt
 from deepseek_api_compat.protocol.events import Event, Usage
 from deepseek_api_compat.protocol.grammar import constraint
 from deepseek_api_compat.protocol.job import Job, Sampling
-from deepseek_api_compat.protocol.openai import ChatRequest, CompletionRequest
+from deepseek_api_compat.protocol.openai import ChatRequest, CompletionRequest, Message
 from deepseek_api_compat.protocol.output import OutputParser, Parser
 from deepseek_api_compat.protocol.pairing import paired
 from deepseek_api_compat.protocol.segment import Segment
@@ -87,13 +87,14 @@ class ChatService:
         `functions` are the declared functions as the client wrote them, with the order of their keys.
         """
         info, engine = await pool.info(), await pool.engine()
+        check_length(info, sum(characters(message) for message in request.messages))
         request = msgspec.structs.replace(request, messages=paired(request.messages))
         format = pool.format(info)
         if format == formats.TEMPLATE:
             rendered = await self._templates.prompt(info, request, functions)
         else:
             rendered = formats.prompt(format, request, functions)
-        check_length(info, sum(len(segment.text) for segment in rendered.segments))
+        check_length(info, sum(len(segment.text) for segment in rendered.segments))  # tools are long too
         return await engine.encode(rendered.segments), rendered.start
 
     async def complete(
@@ -236,6 +237,14 @@ def answer_limit(prompt_tokens: int, context: int, wanted: int | None) -> int:
     if room < 1:
         raise ContextTooLong(prompt_tokens, context)
     return room if wanted is None else min(wanted, room)
+
+
+def characters(message: Message) -> int:
+    """At least so many does a message add to its prompt."""
+    content = message.content or ""
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(part if isinstance(part, str) else getattr(part, "text", "")) for part in content)
 
 
 def check_length(info: ModelInfo, characters: int) -> None:
