@@ -7,6 +7,7 @@ An unknown key is an error that names it. `docs/configuration.md` has a heading 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from decimal import Decimal
@@ -26,6 +27,8 @@ LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 ENV_PREFIX = "DEEPSEEK_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 STAND_IN_ALIASES = ["deepseek-v3", "deepseek-chat"]
+# As browsers write it: lower case, no path, no "*", and not "null", which every sandboxed page is.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 
 
 class Section(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -52,6 +55,14 @@ class ServerSettings(Section, frozen=True):
     keep_alive_interval: float = 10.0
     drain_timeout: float = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class NetworkSettings(Section, frozen=True):
+    """`[network]`: who may connect, and from pages of which sites. Networks in CIDR form."""
+
+    allow: list[str] = []
+    trusted_proxies: list[str] = []
+    cors_origins: list[str] = []
 
 
 class LimitSettings(Section, frozen=True):
@@ -148,6 +159,7 @@ class Settings(Section, frozen=True):
     """All settings. `models` is empty until a model is configured; then the default one is used."""
 
     server: ServerSettings = ServerSettings()
+    network: NetworkSettings = NetworkSettings()
     limits: LimitSettings = LimitSettings()
     models: list[ModelSettings] = []
     ledger: LedgerSettings = LedgerSettings()
@@ -228,6 +240,7 @@ def _read_file(path: str) -> dict[str, Any]:
 
 _SECTIONS: dict[str, type[Section]] = {
     "server": ServerSettings,
+    "network": NetworkSettings,
     "limits": LimitSettings,
     "ledger": LedgerSettings,
 }
@@ -245,8 +258,13 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
                 raise ConfigError(
                     f"The environment variable {variable} names no setting: [{section}] has no {key}."
                 )
-            found.setdefault(section, {})[key] = value
+            is_list = isinstance(getattr(struct(), key), list)
+            found.setdefault(section, {})[key] = _items(value) if is_list else value
     return found
+
+
+def _items(value: str) -> list[str]:
+    return [item.strip() for item in value.split(",") if item.strip()]
 
 
 def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
@@ -272,6 +290,9 @@ def _check(settings: Settings) -> None:
         (1 <= limits.max_n <= 128, "limits.max_n must be between 1 and 128"),
         (0 <= limits.max_queue <= 4000, "limits.max_queue must be between 0 and 4000"),
     ]
+    for origin in settings.network.cors_origins:
+        problem = f"network.cors_origins: {origin!r} is no origin such as https://app.example.com"
+        rules.append((_ORIGIN.fullmatch(origin) is not None, problem))
     rules += _limit_rules("limits", limits) + _ledger_rules(settings)
     for model in settings.models:
         where = f"models.{model.name}"

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     settings = config.load(args.config, flags={"server": {name: getattr(args, name) for name in names}})
     config.check_files(settings)
     check_formats(settings)
+    check_network(settings)
     allow_many_connections()
     # The port first: a model may take minutes to fetch, and a taken port should be said at once.
     listeners = bind(settings.server.host, settings.server.port, settings.server.workers)
@@ -96,6 +97,18 @@ def check_formats(settings: Settings) -> None:
     for model in settings.models:
         if problem := unmet_package(model.format):
             raise ConfigError(f"Configuration: models.{model.name}: {problem}")
+
+
+def check_network(settings: Settings) -> None:
+    """Raises ConfigError if a configured network is none."""
+    from deepseek_api_compat.errors import ConfigError
+    from deepseek_api_compat.security.scope import networks
+
+    for name in ("allow", "trusted_proxies"):
+        try:
+            networks(getattr(settings.network, name))
+        except ValueError as error:
+            raise ConfigError(f"Configuration: network.{name}: {error}") from None
 
 
 def check_embedded(settings: Settings, model_path: str | None) -> None:

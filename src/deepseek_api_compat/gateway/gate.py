@@ -1,7 +1,9 @@
 """The one door: every request passes here, and what is not allowed is refused.
 
-request id -> route -> authenticate -> role -> rate limit -> handler -> settle. A route is open without
-a key only if it is in `routes.PUBLIC`. Errors become OpenAI error objects here and nowhere else.
+request id -> address -> route -> authenticate -> address of the key -> role -> limits -> handler -> settle.
+A route is open without a key only if its path is in `public.PUBLIC`. No header but Authorization opens
+anything: not Host, not X-Original-URL, not a method override. Errors become OpenAI error objects here and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import os
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from deepseek_api_compat.config import Settings
 from deepseek_api_compat.errors import (
     ApiError,
+    AuthenticationFailed,
     BodyTooLarge,
     EngineUnavailable,
     InternalError,
@@ -26,10 +30,14 @@ from deepseek_api_compat.errors import (
     PermissionDenied,
 )
 from deepseek_api_compat.gateway import metrics
+from deepseek_api_compat.gateway.cors import Cors
 from deepseek_api_compat.gateway.limits import Allowance, Grant, Limiter, OverLimit
 from deepseek_api_compat.gateway.metrics import Tally
+from deepseek_api_compat.gateway.public import PUBLIC
 from deepseek_api_compat.gateway.response import Headers, Responder, send_error
 from deepseek_api_compat.security.keys import KeyTable, Principal
+from deepseek_api_compat.security.network import UNKNOWN, AllowList, TrustedProxies
+from deepseek_api_compat.security.scope import networks
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Scope = MutableMapping[str, Any]
@@ -44,6 +52,7 @@ class Call:
     __slots__ = (
         "_max_body",
         "_receive",
+        "address",
         "grant",
         "headers",
         "id",
@@ -62,6 +71,8 @@ class Call:
         self.tally = tally
         self._max_body = max_body
         self.headers: Headers = [b"x-request-id: %b\r\n" % request_id.encode()]
+        client = scope["client"]
+        self.address: str = client[0] if client else UNKNOWN  # the gate asks the proxies it trusts
         self.principal: Principal | None = None
         self.grant: Grant | None = None
         self.rest = ""  # what follows the route's path, as the id in /models/{id}
@@ -106,15 +117,18 @@ Handler = Callable[[Call], Awaitable[None]]
 
 
 class Route:
-    """A path under each of `prefixes`. `open_to`: roles that may use it; empty means public."""
+    """A path under each of `prefixes`, for keys of the roles in `open_to`; none may use it if that is empty.
 
-    __slots__ = ("methods", "open_to", "path", "prefixes", "takes_rest")
+    Needs no key, whatever its role, if its path is in PUBLIC; such a route has no `open_to`.
+    """
+
+    __slots__ = ("methods", "open_to", "path", "prefixes", "public", "takes_rest")
 
     def __init__(
         self,
         path: str,
         methods: dict[str, Handler],
-        open_to: frozenset[str],
+        open_to: frozenset[str] = frozenset(),
         takes_rest: bool = False,
         prefixes: Sequence[str] = PREFIXES,
     ) -> None:
@@ -123,6 +137,7 @@ class Route:
         self.open_to = open_to
         self.prefixes = prefixes
         self.takes_rest = takes_rest
+        self.public = path in PUBLIC and not open_to and not takes_rest
 
 
 def header(scope: Scope, name: bytes) -> bytes:
@@ -130,6 +145,20 @@ def header(scope: Scope, name: bytes) -> bytes:
         if key == name:
             return bytes(value)
     return b""
+
+
+def authorization(scope: Scope) -> bytes | None:
+    """The Authorization header; None if there is none.
+
+    Raises AuthenticationFailed if there are two: a proxy in front may have looked at the other one.
+    """
+    found: bytes | None = None
+    for key, value in scope["headers"]:
+        if key == b"authorization":
+            if found is not None:
+                raise AuthenticationFailed("The request has more than one Authorization header.")
+            found = value
+    return found
 
 
 def rate_headers(requests: Allowance | None, tokens: Allowance | None) -> Headers:
@@ -143,15 +172,24 @@ def rate_headers(requests: Allowance | None, tokens: Allowance | None) -> Header
 
 
 class Gate:
-    """The ASGI application. Failure policy: an unknown error is a 500 with the request id, logged once."""
+    """The ASGI application.
+
+    Failure policy: an unknown error is a 500 with the request id, logged once. A route is found by its path
+    as it was sent, byte by byte: `/%6detrics` and `/v1//models` are no routes, and need a key to be told so.
+    """
 
     def __init__(self, routes: list[Route], keys: KeyTable, limiter: Limiter, settings: Settings) -> None:
         self.keys = keys
         self._limiter = limiter
         self._max_body = settings.server.max_body_bytes
-        places = [(prefix + route.path, route) for route in routes for prefix in route.prefixes]
+        places = [((prefix + route.path).encode(), route) for route in routes for prefix in route.prefixes]
         self._exact = {path: route for path, route in places if not route.takes_rest}
-        self._with_rest = [(path + "/", route) for path, route in places if route.takes_rest]
+        self._with_rest = [(path + b"/", route) for path, route in places if route.takes_rest]
+        network = settings.network
+        self._allow = AllowList(networks(network.allow)) if network.allow else None
+        self._proxies = TrustedProxies(networks(network.trusted_proxies)) if network.trusted_proxies else None
+        self._cors = Cors(network.cors_origins) if network.cors_origins else None
+        self._asks_first = bool(network.allow or network.trusted_proxies or network.cors_origins)
         self._id_prefix = os.urandom(6).hex()
         self._ids = itertools.count(1)
 
@@ -190,10 +228,14 @@ class Gate:
             tally.settle(time.monotonic())
 
     async def _serve(self, call: Call) -> None:
+        if self._asks_first and await self._answered_at_once(call):
+            return
         scope = call.scope
-        route = self._find(call, scope["path"])
-        if route is None or route.open_to:
-            principal = call.principal = self.keys.authenticate(header(scope, b"authorization"))
+        route = self._find(call, scope["raw_path"])
+        if route is None or not route.public:
+            principal = call.principal = self.keys.authenticate(authorization(scope))
+            if principal.networks is not None:
+                _check_address(principal.networks, call.address)
             if route is None:
                 raise NotFound(f"There is no route {scope['path']}.", code="route_not_found")
             if principal.role not in route.open_to:
@@ -212,13 +254,42 @@ class Gate:
             call.headers += rate_headers(grant.requests, grant.tokens)
         await handler(call)
 
-    def _find(self, call: Call, path: str) -> Route | None:
+    async def _answered_at_once(self, call: Call) -> bool:
+        """What is settled before a key is looked at: who the client is, whether it is let in, preflights."""
+        scope = call.scope
+        preflight = None
+        if self._cors is not None:
+            origin = header(scope, b"origin")
+            if scope["method"] == "OPTIONS":
+                method = header(scope, b"access-control-request-method")
+                names = header(scope, b"access-control-request-headers")
+                preflight = self._cors.preflight(origin, method, names)
+            call.headers += preflight or self._cors.headers(origin)
+        if self._proxies is not None:
+            values = [value for key, value in scope["headers"] if key == b"x-forwarded-for"]
+            call.address = self._proxies.client(call.address, b",".join(values))
+        if self._allow is not None:
+            _check_address(self._allow, call.address)
+        if preflight is None:
+            return False
+        call.tally.status = 200
+        await call.out.whole(200, call.headers, b"")
+        return True
+
+    def _find(self, call: Call, path: bytes) -> Route | None:
         route = self._exact.get(path)
-        if route is None and path.endswith("/"):
+        if route is None and path.endswith(b"/"):
             route = self._exact.get(path[:-1])
         if route is None:
             for prefix, candidate in self._with_rest:
                 if path.startswith(prefix) and len(path) > len(prefix):
-                    call.rest = path[len(prefix) :]
+                    call.rest = unquote(path[len(prefix) :])
                     return candidate
         return route
+
+
+def _check_address(allowed: AllowList, address: str) -> None:
+    if not allowed.permits(address):
+        # Its own address is all that a client is told: who else is let in is nobody's business.
+        who = f"the address {address}" if address else "an address that no trusted proxy vouches for"
+        raise PermissionDenied(f"Requests from {who} are not allowed.", code="address_not_allowed")

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from deepseek_api_compat import __version__
+from deepseek_api_compat.gateway.public import PUBLIC
 from deepseek_api_compat.protocol import openai as wire
 
 ERRORS = {
@@ -52,7 +53,6 @@ OPERATIONS: list[tuple[str, str, str, Any, tuple[str, ...]]] = [
     ("/ready", "get", "200 when an engine can answer", None, ("application/json",)),
     ("/version", "get", "The version of the service", None, ("application/json",)),
 ]
-PUBLIC = frozenset({"/health", "/ready", "/version"})
 
 
 def document() -> dict[str, Any]:

@@ -25,7 +25,6 @@ from deepseek_api_compat.protocol.events import Event
 
 USERS = frozenset({"user", "admin"})
 READERS = frozenset({"admin", "metrics"})
-PUBLIC: frozenset[str] = frozenset()
 THINKING_SUFFIXES = {"-thinking": True, "-nothinking": False}
 
 
@@ -96,9 +95,9 @@ class Api:
             Route("/models", {"GET": self.model}, USERS, takes_rest=True),
             Route("/openapi.json", {"GET": self.openapi}, USERS),
             Route("/metrics", {"GET": self.metrics}, READERS),
-            Route("/health", {"GET": self.health}, PUBLIC),
-            Route("/ready", {"GET": self.ready}, PUBLIC),
-            Route("/version", {"GET": self.version}, PUBLIC),
+            Route("/health", {"GET": self.health}),
+            Route("/ready", {"GET": self.ready}),
+            Route("/version", {"GET": self.version}),
         ]
 
     async def chat_completions(self, call: Call) -> None:

@@ -19,7 +19,8 @@ import msgspec
 
 from deepseek_api_compat.errors import AuthenticationFailed
 from deepseek_api_compat.security import tokens
-from deepseek_api_compat.security.scope import Network, is_within, networks
+from deepseek_api_compat.security.network import AllowList
+from deepseek_api_compat.security.scope import is_within, networks
 from deepseek_api_compat.store.base import KeyLimits, KeyRecord, Role
 
 PREFIX = "DSK-"
@@ -57,7 +58,7 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     expires: float | None = None
     models: frozenset[str] | None = None
-    networks: tuple[Network, ...] | None = None
+    networks: AllowList | None = None
     limits: KeyLimits = KeyLimits()
     budget: int | None = None
     max_tokens: int | None = None
@@ -208,13 +209,11 @@ def narrowed(principal: Principal, claims: tokens.Claims) -> Principal:
     )
 
 
-def _narrowed_networks(
-    of_key: tuple[Network, ...] | None, of_token: tuple[str, ...] | None
-) -> tuple[Network, ...] | None:
+def _narrowed_networks(of_key: AllowList | None, of_token: tuple[str, ...] | None) -> AllowList | None:
     if of_token is None:
         return of_key
     try:
-        found = networks(of_token)
+        found = AllowList(networks(of_token))
     except ValueError as error:
         raise AuthenticationFailed(f"The token is malformed: {error}") from None
     for one in found:
@@ -251,8 +250,8 @@ def _entry(record: KeyRecord) -> _Entry:
     return _Entry(record.hash, principal, record, record.enabled and record.expires is None)
 
 
-def _networks_of(record: KeyRecord) -> tuple[Network, ...] | None:
+def _networks_of(record: KeyRecord) -> AllowList | None:
     try:
-        return None if record.networks is None else networks(record.networks)
+        return None if record.networks is None else AllowList(networks(record.networks))
     except ValueError:  # not written by this program: rather nobody than everybody
-        return ()
+        return AllowList()
