@@ -8,6 +8,7 @@ from typing import Any
 
 from deepseek_api_compat.config import Settings
 from deepseek_api_compat.engines.base import EngineState
+from deepseek_api_compat.gateway.admin import AdminApi
 from deepseek_api_compat.gateway.chat import ChatService
 from deepseek_api_compat.gateway.gate import Gate
 from deepseek_api_compat.gateway.local_limits import LocalLimiter
@@ -17,6 +18,7 @@ from deepseek_api_compat.gateway.routes import Api, ModelDirectory
 from deepseek_api_compat.gateway.shared import SharedMemory
 from deepseek_api_compat.gateway.slots import Leases, SlotTable
 from deepseek_api_compat.gateway.templates import Templates
+from deepseek_api_compat.gateway.usage import AskFor, UsageApi
 from deepseek_api_compat.security.keys import KeyTable
 
 
@@ -57,7 +59,9 @@ class Application:
         wake_fds: Sequence[int],
         my_fd: int,
         created: int,
+        ask: AskFor,
     ) -> None:
+        """`ask`: an operation by the supervisor."""
         limits = settings.limits
         self._leases = Leases(
             slot_table(settings, memory),
@@ -73,7 +77,9 @@ class Application:
         directory = ModelDirectory(self._pools, created)
         self._templates = Templates()
         chat = ChatService(self._templates, max_choices=limits.max_n)
-        api = Api(directory, chat, self.pulse, settings)
+        currency = settings.ledger.currency
+        usage, admin = UsageApi(ask, currency), AdminApi(ask, currency)
+        api = Api(directory, chat, usage, admin, self.pulse, settings)
         self.gate = Gate(api.routes(), keys, limiter, settings)
         self._tasks: set[asyncio.Task[None]] = set()
 

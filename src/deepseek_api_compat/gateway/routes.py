@@ -14,11 +14,13 @@ from deepseek_api_compat import __version__
 from deepseek_api_compat.config import Settings
 from deepseek_api_compat.errors import ApiError, EngineUnavailable, InvalidRequest, ModelNotFound
 from deepseek_api_compat.gateway import metrics, openapi
+from deepseek_api_compat.gateway.admin import AdminApi
 from deepseek_api_compat.gateway.chat import ChatService, Events, infill_ids, token_ids
 from deepseek_api_compat.gateway.gate import Call, Route
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.relay import relay
 from deepseek_api_compat.gateway.response import EventStream, Pulse, send_error, send_json
+from deepseek_api_compat.gateway.usage import UsageApi
 from deepseek_api_compat.protocol import completion
 from deepseek_api_compat.protocol import openai as wire
 from deepseek_api_compat.protocol.events import Event
@@ -74,10 +76,18 @@ class Api:
     """The handlers, built once around what they need."""
 
     def __init__(
-        self, directory: ModelDirectory, chat: ChatService, pulse: Pulse, settings: Settings
+        self,
+        directory: ModelDirectory,
+        chat: ChatService,
+        usage: UsageApi,
+        admin: AdminApi,
+        pulse: Pulse,
+        settings: Settings,
     ) -> None:
         self._directory = directory
         self._chat = chat
+        self._usage = usage
+        self._admin = admin
         self._pulse = pulse
         self._limits = wire.DecodeLimits(
             max_n=settings.limits.max_n, max_messages=settings.limits.max_messages
@@ -98,6 +108,8 @@ class Api:
             Route("/health", {"GET": self.health}),
             Route("/ready", {"GET": self.ready}),
             Route("/version", {"GET": self.version}),
+            *self._usage.routes(),
+            *self._admin.routes(),
         ]
 
     async def chat_completions(self, call: Call) -> None:

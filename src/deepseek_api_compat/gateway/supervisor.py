@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import os
 import shutil
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -25,14 +27,18 @@ from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.gateway import channel
 from deepseek_api_compat.gateway.app import local_limiter, shared_cells, slot_table
+from deepseek_api_compat.gateway.ledger import Intake
+from deepseek_api_compat.gateway.operations import Operations
 from deepseek_api_compat.gateway.replicas import Replica, WatchedUpstream, replicas_of
 from deepseek_api_compat.gateway.shared import SharedMemory
 from deepseek_api_compat.gateway.slots import wake
-from deepseek_api_compat.security.admin import READ_ONLY, KeyAdmin, ensure_admin
+from deepseek_api_compat.security.admin import KeyAdmin, ensure_admin
+from deepseek_api_compat.store.audit import Actor
 from deepseek_api_compat.store.base import KeyRecord
 
 MAX_START_FAILURES = 3
 ACK_TIMEOUT = 5.0
+logger = logging.getLogger("deepseek_api")
 
 
 class WorkerProcess:
@@ -77,6 +83,10 @@ class Supervisor:
         self._keys_version = 1
         self._keys: Sequence[KeyRecord] = ()
         self._keys_changed = asyncio.Condition()
+        self._publishing = asyncio.Lock()
+        self._intake = Intake(settings.data_dir, settings.ledger)
+        self._operations = Operations(admin, self._intake, self._engine_states, self._publish_keys)
+        self._answering: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._failure: str | None = None
         self._said_ready = False
@@ -99,6 +109,7 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
         self._prepare_run_dir()
+        self._intake.start()
         server = await self._start_control()
         # After the control socket is there, so that no key made in between is missed.
         self._keys = await asyncio.to_thread(self._admin.store.list)
@@ -109,6 +120,8 @@ class Supervisor:
         await self._drain(keepers)
         server.close()
         await asyncio.gather(*(replica.stop() for replica in self._replicas))
+        self._operations.close()
+        await asyncio.to_thread(self._intake.stop)
         control.control_socket_path(self._settings.data_dir).unlink(missing_ok=True)
         await asyncio.gather(*self._owned)
         if self._failure:
@@ -181,6 +194,7 @@ class Supervisor:
             await self._run_worker(worker)
             wake([write for _, write in self._pipes], self._slots.forget_worker(worker.index))
             self._limiter.forget_worker(worker.index)
+            self._intake.nudge()
             if self._stopping.is_set():
                 return
             worker.failures = worker.failures + 1 if time.monotonic() - began < 5.0 else 0
@@ -260,12 +274,29 @@ class Supervisor:
                 async with self._keys_changed:
                     worker.acknowledged = message.version
                     self._keys_changed.notify_all()
+            elif isinstance(message, channel.Ask):
+                # Beside: a change of keys waits for this very worker's acknowledgement.
+                task = asyncio.create_task(self._answer(worker.writer, message))
+                self._answering.add(task)
+                task.add_done_callback(self._answering.discard)
         worker.started.clear()
         worker.writer.close()
         worker.writer = None
         await worker.process.wait()
         async with self._keys_changed:
             self._keys_changed.notify_all()
+
+    async def _answer(self, writer: asyncio.StreamWriter, ask: channel.Ask) -> None:
+        """Do what a worker asks for. `writer` leads to that very process, not to one that replaces it."""
+        try:
+            result = await self._operations.perform(ask.op, ask.params, ask.actor)
+            answer = channel.Answer(ask.id, result=result)
+        except SetupError as error:
+            answer = channel.answer_to(ask, error)
+        except Exception:
+            logger.exception("operation %s failed", ask.op)
+            answer = channel.Answer(ask.id, error="Internal error; it is in the log.")
+        writer.write(channel.encode(answer))
 
     async def _drain(self, keepers: list[asyncio.Task[None]]) -> None:
         for listener in self._listeners:
@@ -290,11 +321,12 @@ class Supervisor:
         return server
 
     async def _serve_control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        actor = Actor("user", str(_peer_uid(writer.get_extra_info("socket"))))
         try:
             while line := await reader.readline():
                 try:
                     op, params = control.decode_request(line)
-                    reply = control.encode_result(await self._operate(op, params))
+                    reply = control.encode_result(await self._operations.perform(op, params, actor))
                 except SetupError as error:
                     reply = control.encode_error(error)
                 writer.write(reply)
@@ -304,31 +336,15 @@ class Supervisor:
         finally:
             writer.close()
 
-    async def _operate(self, op: str, params: dict[str, Any]) -> Any:
-        if op == "engines.list":
-            return [
-                {
-                    "model": s.model,
-                    "replica": s.replica,
-                    "kind": s.kind,
-                    "state": s.state,
-                    "pid": s.pid,
-                    "detail": s.detail,
-                }
-                for s in self._engine_states()
-            ]
-        result = await asyncio.to_thread(self._admin.handle, op, params)
-        if op not in READ_ONLY:
-            await self._publish_keys()
-        return result
-
     async def _publish_keys(self) -> None:
         """Give the key table to all live workers and wait until they use it."""
-        self._keys = await asyncio.to_thread(self._admin.store.list)
-        self._keys_version += 1
-        version = self._keys_version
-        for worker in self._workers:
-            worker.send(channel.Keys(version, self._keys))
+        # One at a time: a list that was read earlier must never follow one that was read later.
+        async with self._publishing:
+            self._keys = await asyncio.to_thread(self._admin.store.list)
+            self._keys_version += 1
+            version = self._keys_version
+            for worker in self._workers:
+                worker.send(channel.Keys(version, self._keys))
 
         def all_know() -> bool:
             return all(w.acknowledged >= version for w in self._workers if w.started.is_set())
@@ -338,6 +354,14 @@ class Supervisor:
                 await asyncio.wait_for(self._keys_changed.wait_for(all_know), ACK_TIMEOUT)
             except asyncio.TimeoutError:
                 raise SetupError("The change is stored, but a worker has not confirmed it yet.") from None
+
+
+def _peer_uid(connection: socket.socket) -> int:
+    """Who is at the other end of a Unix socket; where the system does not say, the only one who may be."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return os.getuid()
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
 
 
 def lock_data_dir(data_dir: Path) -> int:

@@ -79,6 +79,7 @@ async def serve(args: argparse.Namespace) -> None:
     )
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
     master = bytes.fromhex(hello.master)
+    questions = channel.Questions(lambda message: writer.write(channel.encode(message)))
     application = Application(
         settings,
         KeyTable(hello.keys, master, hello.version),
@@ -87,6 +88,7 @@ async def serve(args: argparse.Namespace) -> None:
         wake_fds=[int(fd) for fd in args.wake_fds.split(",")],
         my_fd=args.my_fd,
         created=hello.started,
+        ask=questions.ask,
     )
     application.use_engines(hello.engines)
     application.start()
@@ -100,6 +102,8 @@ async def serve(args: argparse.Namespace) -> None:
             if isinstance(message, channel.Keys):
                 application.use_keys(KeyTable(message.keys, master, message.version))
                 writer.write(channel.encode(channel.Acknowledged(message.version)))
+            elif isinstance(message, channel.Answer):
+                questions.answered(message)
             elif isinstance(message, channel.Engines):
                 application.use_engines(message.engines)
             elif isinstance(message, channel.Drain):

@@ -304,6 +304,7 @@ _embedding = msgspec.json.Decoder(EmbeddingRequest)
 _tokenize = msgspec.json.Decoder(TokenizeRequest)
 _detokenize = msgspec.json.Decoder(DetokenizeRequest)
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_object = msgspec.json.Decoder(dict[str, Any])
 _encoder = msgspec.json.Encoder()
 
 KNOWN_FIELDS = frozenset(
@@ -377,6 +378,11 @@ def decode_tokenize(body: bytes, limits: DecodeLimits) -> TokenizeRequest:
 
 def decode_detokenize(body: bytes, limits: DecodeLimits) -> DetokenizeRequest:
     return _decode(_detokenize, body)
+
+
+def decode_object(body: bytes) -> dict[str, Any]:
+    """Any JSON object. Raises InvalidRequest."""
+    return _decode(_object, body)
 
 
 def reencode(body: bytes, replace: dict[str, Any]) -> bytes:
