@@ -7,6 +7,7 @@ import random
 import pytest
 
 from deepseek_api_compat.errors import RateLimited
+from deepseek_api_compat.gateway import slots
 from deepseek_api_compat.gateway.shared import SharedMemory
 from deepseek_api_compat.gateway.slots import Leases, SlotTable
 
@@ -27,12 +28,12 @@ def test_slots_go_to_the_replica_with_most_room(table):
     table.set_capacity(0, 0, 1)
     table.set_capacity(0, 1, 2)
     assert [table.acquire(0, 0, 10)[0] for _ in range(3)] in ([1, 0, 1], [1, 1, 0])
-    assert table.acquire(0, 0, 10) == (-1, 0)
+    assert table.acquire(0, 0, 10)[:2] == (-1, 0)
 
 
 def test_the_queue_is_in_order_of_arrival_over_workers(table):
     table.set_capacity(0, 0, 1)
-    assert table.acquire(0, 0, 10) == (0, -1)
+    assert table.acquire(0, 0, 10)[:2] == (0, -1)
     tickets = [(worker, table.acquire(0, worker, 10)[1]) for worker in (2, 1, 2)]
     for worker, ticket in tickets:
         assert table.granted(0, ticket) == -1
@@ -43,8 +44,8 @@ def test_the_queue_is_in_order_of_arrival_over_workers(table):
 def test_who_leaves_the_queue_is_passed_over(table):
     table.set_capacity(0, 0, 1)
     table.acquire(0, 0, 10)
-    _, first = table.acquire(0, 1, 10)
-    _, second = table.acquire(0, 2, 10)
+    _, first, _ = table.acquire(0, 1, 10)
+    _, second, _ = table.acquire(0, 2, 10)
     assert table.cancel(0, first, 1) == set()
     assert table.release(0, 0, 0, 1.0) == {2}
     assert table.granted(0, second) == 0
@@ -53,8 +54,8 @@ def test_who_leaves_the_queue_is_passed_over(table):
 def test_leaving_with_a_slot_just_granted_passes_it_on(table):
     table.set_capacity(0, 0, 1)
     table.acquire(0, 0, 10)
-    _, first = table.acquire(0, 1, 10)
-    _, second = table.acquire(0, 2, 10)
+    _, first, _ = table.acquire(0, 1, 10)
+    _, second, _ = table.acquire(0, 2, 10)
     table.release(0, 0, 0, 1.0)
     assert table.cancel(0, first, 1) == {2}
     assert table.granted(0, second) == 0
@@ -78,7 +79,7 @@ def test_a_dead_worker_gives_everything_back(table):
     table.acquire(0, 1, 10)
     table.acquire(0, 1, 10)
     table.acquire(0, 1, 10)
-    _, ticket = table.acquire(0, 2, 10)
+    _, ticket, _ = table.acquire(0, 2, 10)
     assert table.usage(0) == (2, 2, 2)
     assert table.forget_worker(1) == {2}
     assert table.granted(0, ticket) == 0
@@ -86,7 +87,7 @@ def test_a_dead_worker_gives_everything_back(table):
 
 
 def test_capacity_that_arrives_serves_the_queue(table):
-    _, ticket = table.acquire(1, 0, 10)
+    _, ticket, _ = table.acquire(1, 0, 10)
     assert table.set_capacity(1, 0, 4) == {0}
     assert table.granted(1, ticket) == 0
 
@@ -101,7 +102,7 @@ def test_random_traffic_never_oversubscribes(table):
         action = rng.random()
         if action < 0.5 and len(queued) < 20:
             worker = rng.randrange(3)
-            replica, ticket = table.acquire(0, worker, 20)
+            replica, ticket, _ = table.acquire(0, worker, 20)
             if ticket < 0:
                 held.append((replica, worker))
             else:
@@ -154,3 +155,148 @@ async def test_waiting_workers_are_woken_through_their_pipes(memory, table):
         asyncio.get_running_loop().remove_reader(read)
         os.close(read)
         os.close(write)
+
+
+def queue(table, *keys, worker=0, max_queue=100):
+    """Tickets of requests by these keys, in this order."""
+    return [table.acquire(0, worker, max_queue, key).ticket for key in keys]
+
+
+def granted(table, tickets):
+    return [ticket for ticket in tickets if table.granted(0, ticket) >= 0]
+
+
+def test_a_free_slot_goes_to_the_key_with_the_fewest(table):
+    table.set_capacity(0, 0, 2)
+    table.acquire(0, 0, 10, 1)
+    table.acquire(0, 1, 10, 1)
+    flood, quiet, late = queue(table, 1, 2, 1)
+    table.release(0, 0, 0, 1.0, 1)
+    assert granted(table, [flood, quiet, late]) == [quiet]
+    table.release(0, 0, 1, 1.0, 1)
+    assert granted(table, [flood, quiet, late]) == [flood, quiet]
+
+
+def test_keys_with_equally_many_are_served_in_order_of_arrival(table):
+    tickets = queue(table, 5, 5, 3, 3, 4)
+    table.set_capacity(0, 0, 3)
+    assert granted(table, tickets) == [tickets[0], tickets[2], tickets[4]]
+    table.set_capacity(0, 0, 5)
+    assert granted(table, tickets) == tickets
+
+
+def test_leases_of_a_key_count_over_all_workers_and_not_those_of_the_dead(table):
+    table.set_capacity(0, 0, 3)
+    for worker in range(3):
+        table.acquire(0, worker, 10, 1 if worker else 2)
+    one, two = queue(table, 1, 2)
+    table.release(0, 0, 0, 1.0, 2)
+    assert granted(table, [one, two]) == [two]
+    (again,) = queue(table, 2)
+    table.forget_worker(1)
+    assert granted(table, [one, two, again]) == [one, two]
+    table.forget_worker(2)
+    assert granted(table, [one, two, again]) == [one, two, again]
+    assert table.usage(0) == (3, 3, 0)
+
+
+def test_a_full_queue_makes_room_for_a_quiet_key(table):
+    table.set_capacity(0, 0, 1)
+    table.acquire(0, 0, 4, 1)
+    flood = queue(table, 1, 1, 1, 1, worker=2, max_queue=4)
+    place = table.acquire(0, 1, 4, 2)
+    assert place.woken == {2}
+    assert [table.displaced(0, ticket) for ticket in flood] == [False, False, False, True]
+    with pytest.raises(RateLimited):
+        table.acquire(0, 2, 4, 1)
+    # Keys that hold almost equally many don't push each other out.
+    second = table.acquire(0, 1, 4, 2)
+    assert table.displaced(0, flood[2])
+    with pytest.raises(RateLimited):
+        table.acquire(0, 1, 4, 2)
+    assert table.cancel(0, flood[3], 2) == set()
+    assert table.usage(0) == (1, 1, 4)
+    assert not table.displaced(0, second.ticket)
+
+
+def test_nobody_is_passed_over_for_ever(table):
+    table.set_capacity(0, 0, 2)
+    table.acquire(0, 0, 10, 1)
+    table.acquire(0, 0, 10, 9)
+    (old,) = queue(table, 1)
+    passed_over = 0
+    while not granted(table, [old]):
+        (other,) = queue(table, 9)
+        table.release(0, 0, 0, 0.1, 9)
+        passed_over += bool(granted(table, [other]))
+        assert passed_over <= slots.PASSED_OVER
+    assert passed_over > slots.PASSED_OVER - 3
+
+
+@pytest.mark.parametrize("cell", range(5))
+def test_a_grant_that_death_interrupts_is_finished_by_the_next(table, memory, cell):
+    """The releasing worker dies after so many of the writes with which it grants the slot."""
+    table.set_capacity(0, 0, 1)
+    table.acquire(0, 0, 10, 1)
+    (ticket,) = queue(table, 2, worker=1)
+
+    class Died(BaseException):
+        pass
+
+    class Mortal:
+        """The cells, of one who dies before write number `left`."""
+
+        def __init__(self, cells, left):
+            self.cells = cells
+            self.left = left
+
+        def __getitem__(self, index):
+            return self.cells[index]
+
+        def __setitem__(self, index, value):
+            if self.counting and self.left == 0:
+                raise Died
+            self.left -= self.counting
+            self.cells[index] = value
+
+        counting = False
+
+    dying = SlotTable(memory, 0, [2, 1], 3)
+    dying._cells = cells = Mortal(memory.ints, cell)
+    finish = dying._finish_grant
+
+    def finish_until_death():
+        cells.counting = True
+        finish()
+
+    dying._finish_grant = finish_until_death
+    with pytest.raises(Died):
+        dying.release(0, 0, 0, 1.0, 1)
+    table.forget_worker(0)
+    assert granted(table, [ticket]) == [ticket]
+    assert table.usage(0) == (1, 1, 0)
+    table.release(0, 0, 1, 1.0, 2)
+    assert table.usage(0) == (0, 1, 0)
+
+
+async def test_who_is_displaced_is_told(memory, table):
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)
+    leases = Leases(table, 0, [write], read, max_queue=2)
+    leases.start(asyncio.get_running_loop())
+    table.set_capacity(0, 0, 1)
+    first = await leases.acquire(0, 1)
+    waiting = [asyncio.create_task(leases.acquire(0, 1)) for _ in range(2)]
+    await asyncio.sleep(0)
+    quiet = asyncio.create_task(leases.acquire(0, 2))
+    with pytest.raises(RateLimited) as caught:
+        await waiting[1]
+    assert caught.value.code == "queue_full"
+    first.release()
+    (await waiting[0]).release()
+    (await quiet).release()
+    assert table.usage(0) == (0, 1, 0)
+    asyncio.get_running_loop().remove_reader(read)
+    os.close(read)
+    os.close(write)

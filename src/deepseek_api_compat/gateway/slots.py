@@ -1,15 +1,18 @@
-"""Engine slots, leased in order of arrival by all workers of one machine.
+"""Engine slots, leased by all workers of one machine, in fair shares to all keys.
 
 A *pool* is the set of replicas behind one model. Each replica has a capacity (its slots, 0 while it is
 not ready) and a count of leases per worker. Whoever finds no free slot draws a ticket in the pool's
-queue; whoever gives a slot back grants it to the head of the queue and wakes that worker through a
-pipe. When a worker dies the supervisor forgets its leases and tickets.
+queue; whoever gives a slot back grants it and wakes that worker through a pipe. It goes to the waiting key
+with the fewest leases, over all workers, and within a key in order of arrival (max-min fairness). When a
+worker dies the supervisor forgets its leases and tickets.
 
-Everything lives in `SharedMemory`, in this layout for each pool (64-bit cells):
+Everything lives in `SharedMemory`, in this layout (64-bit cells): five cells that tell what a worker was
+doing if it dies while it grants a slot to another, so that the next who comes finishes it; then each pool's
 
     head, tail, waiting, seconds     queue positions; live tickets; mean lease time (float)
     replicas x (capacity, workers x leases)
-    QUEUE x ticket                   state | worker << 8 | replica << 16, at position modulo QUEUE
+    workers x KEYS x leases          the same leases by key
+    QUEUE x ticket                   state | worker << 8 | key << 16 | replica << 32, at position modulo QUEUE
 """
 
 from __future__ import annotations
@@ -18,15 +21,33 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from types import TracebackType
+from typing import NamedTuple
 
 from deepseek_api_compat.errors import EngineTimeout, RateLimited
 from deepseek_api_compat.gateway.shared import SharedMemory
 
-QUEUE = 4096
-WAITING, GRANTED, GONE = 1, 2, 3
+QUEUE = 8192  # at least twice as many as may wait
+PASSED_OVER = QUEUE // 2  # later tickets that may be served before one: then it is served next
+KEYS = 4096  # two keys whose numbers differ by a multiple of this count as one
+WAITING, GRANTED, GONE, DISPLACED = 1, 2, 3, 4
 HEAD, TAIL, LIVE, SECONDS, REPLICAS = range(5)
+# A grant under way: ticket + 1, its pool and replica, and what both counts of leases are to become.
+GRANTING, POOL, REPLICA, LEASES, KEY_LEASES, FIRST_POOL = range(6)
+
+
+class Place(NamedTuple):
+    """A slot of `replica` (then `ticket` is -1), or a `ticket` in the queue (then `replica` is -1).
+
+    `woken`: the worker whose ticket had to give way, to be woken.
+    """
+
+    replica: int
+    ticket: int
+    woken: frozenset[int] = frozenset()
 
 
 class SlotTable:
@@ -43,45 +64,74 @@ class SlotTable:
         self._workers = workers
         self._replicas = list(pools)
         self._stride = 1 + workers
+        self._first = offset
         self._base: list[int] = []
+        offset += FIRST_POOL
         for replicas in pools:
             self._base.append(offset)
-            offset += self.cells_for([replicas], workers)
+            offset += self._cells_of(replicas, workers)
+        self._no_leases = memoryview(bytes(KEYS * 8)).cast("q")
+
+    @classmethod
+    def cells_for(cls, pools: Sequence[int], workers: int) -> int:
+        return FIRST_POOL + sum(cls._cells_of(replicas, workers) for replicas in pools)
 
     @staticmethod
-    def cells_for(pools: Sequence[int], workers: int) -> int:
-        return sum(REPLICAS + replicas * (1 + workers) + QUEUE for replicas in pools)
+    def _cells_of(replicas: int, workers: int) -> int:
+        return REPLICAS + replicas * (1 + workers) + workers * KEYS + QUEUE
 
-    def acquire(self, pool: int, worker: int, max_queue: int) -> tuple[int, int]:
-        """(replica, -1) when a slot was free, else (-1, ticket). Raises RateLimited if the queue is full."""
-        with self._memory:
+    def __enter__(self) -> None:
+        self._memory.__enter__()
+        if self._cells[self._first]:
+            self._finish_grant()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._memory.__exit__(kind, error, trace)
+
+    def acquire(self, pool: int, worker: int, max_queue: int, key: int = 0) -> Place:
+        """A slot if one is free, else a place in the queue. Raises RateLimited if the queue is full.
+
+        A full queue makes room for a key that holds less than another, at the cost of its newest ticket.
+        """
+        key %= KEYS
+        with self:
             base = self._base[pool]
             if self._cells[base + LIVE] == 0:
                 replica = self._free_replica(pool)
                 if replica >= 0:
-                    self._cells[self._lease_cell(pool, replica, worker)] += 1
-                    return replica, -1
-            tail, head = self._cells[base + TAIL], self._cells[base + HEAD]
-            if self._cells[base + LIVE] >= max_queue or tail - head >= QUEUE:
-                raise RateLimited(
-                    "Too many requests are waiting for this model. Please retry later.",
-                    code="queue_full",
-                    retry_after=self._wait_estimate(pool),
-                )
-            self._cells[self._ticket_cell(pool, tail)] = WAITING | worker << 8
+                    self._lease(pool, replica, worker, key, 1)
+                    return Place(replica, -1)
+            woken: frozenset[int] = frozenset()
+            tail = self._cells[base + TAIL]
+            if tail - self._cells[base + HEAD] >= QUEUE:
+                raise self._full(pool)
+            if self._cells[base + LIVE] >= max_queue:
+                woken = self._displace(pool, key)
+            self._cells[self._ticket_cell(pool, tail)] = WAITING | worker << 8 | key << 16
             self._cells[base + TAIL] = tail + 1
             self._cells[base + LIVE] += 1
-            return -1, tail
+            return Place(-1, tail, woken)
 
     def granted(self, pool: int, ticket: int) -> int:
         """The replica that `ticket` was granted, or -1. No lock: the cell is read at once."""
         value = self._cells[self._ticket_cell(pool, ticket)]
-        return value >> 16 if value & 0xFF == GRANTED else -1
+        return value >> 32 if value & 0xFF == GRANTED else -1
 
-    def release(self, pool: int, replica: int, worker: int, seconds: float) -> set[int]:
+    def displaced(self, pool: int, ticket: int) -> bool:
+        """Whether `ticket` had to give way. No lock, as above."""
+        return self._cells[self._ticket_cell(pool, ticket)] & 0xFF == DISPLACED
+
+    def full(self, pool: int) -> RateLimited:
+        """The refusal of one whose ticket had to give way."""
+        with self:
+            return self._full(pool)
+
+    def release(self, pool: int, replica: int, worker: int, seconds: float, key: int = 0) -> set[int]:
         """Give a slot back after `seconds` of use."""
-        with self._memory:
-            self._cells[self._lease_cell(pool, replica, worker)] -= 1
+        with self:
+            self._lease(pool, replica, worker, key % KEYS, -1)
             mean = self._base[pool] + SECONDS
             old = self._floats[mean]
             self._floats[mean] = seconds if old == 0.0 else old * 0.8 + seconds * 0.2
@@ -89,40 +139,43 @@ class SlotTable:
 
     def cancel(self, pool: int, ticket: int, worker: int) -> set[int]:
         """Leave the queue; a slot granted in the meantime goes to the next in line."""
-        with self._memory:
+        with self:
             cell = self._ticket_cell(pool, ticket)
             value = self._cells[cell]
             self._cells[cell] = GONE
             if value & 0xFF == WAITING:
                 self._cells[self._base[pool] + LIVE] -= 1
             elif value & 0xFF == GRANTED:
-                self._cells[self._lease_cell(pool, value >> 16, worker)] -= 1
+                self._lease(pool, value >> 32, worker, value >> 16 & 0xFFFF, -1)
             return self._grant(pool)
 
     def set_capacity(self, pool: int, replica: int, slots: int) -> set[int]:
-        with self._memory:
+        with self:
             self._cells[self._replica_cell(pool, replica)] = slots
             return self._grant(pool)
 
     def forget_worker(self, worker: int) -> set[int]:
         """Take back all that a dead worker held or waited for."""
         woken: set[int] = set()
-        with self._memory:
+        with self:
             for pool, replicas in enumerate(self._replicas):
                 base = self._base[pool]
                 for replica in range(replicas):
                     self._cells[self._lease_cell(pool, replica, worker)] = 0
+                keys = self._key_cell(pool, worker, 0)
+                self._cells[keys : keys + KEYS] = self._no_leases
                 for ticket in range(self._cells[base + HEAD], self._cells[base + TAIL]):
                     cell = self._ticket_cell(pool, ticket)
-                    if self._cells[cell] == WAITING | worker << 8:
+                    if self._cells[cell] & 0xFFFF == WAITING | worker << 8:
                         self._cells[cell] = GONE
-                        self._cells[base + LIVE] -= 1
+                # Counted anew: the worker may have died between a ticket and its count.
+                self._cells[base + LIVE] = len(self._waiting(pool))
                 woken |= self._grant(pool)
         return woken
 
     def usage(self, pool: int) -> tuple[int, int, int]:
         """(slots in use, slots in all, requests waiting)."""
-        with self._memory:
+        with self:
             replicas = range(self._replicas[pool])
             used = sum(self._used(pool, replica) for replica in replicas)
             slots = sum(self._cells[self._replica_cell(pool, replica)] for replica in replicas)
@@ -134,8 +187,31 @@ class SlotTable:
     def _lease_cell(self, pool: int, replica: int, worker: int) -> int:
         return self._replica_cell(pool, replica) + 1 + worker
 
+    def _key_cell(self, pool: int, worker: int, key: int) -> int:
+        return self._replica_cell(pool, self._replicas[pool]) + worker * KEYS + key
+
     def _ticket_cell(self, pool: int, ticket: int) -> int:
-        return self._base[pool] + REPLICAS + self._replicas[pool] * self._stride + ticket % QUEUE
+        return self._key_cell(pool, self._workers, 0) + ticket % QUEUE
+
+    def _lease(self, pool: int, replica: int, worker: int, key: int, change: int) -> None:
+        self._cells[self._lease_cell(pool, replica, worker)] += change
+        self._cells[self._key_cell(pool, worker, key)] += change
+
+    def _leases_of(self, pool: int, key: int) -> int:
+        """Slots that a key has, over all workers."""
+        first = self._key_cell(pool, 0, key)
+        return sum(self._cells[first : first + self._workers * KEYS : KEYS])
+
+    def _waiting(self, pool: int) -> list[tuple[int, int]]:
+        """(ticket, its cell's value) of all that wait, oldest first."""
+        base = self._base[pool]
+        head, tail = self._cells[base + HEAD], self._cells[base + TAIL]
+        first = self._ticket_cell(pool, 0)
+        start, count = head % QUEUE, tail - head
+        values = self._cells[first + start : first + min(start + count, QUEUE)].tolist()
+        if start + count > QUEUE:
+            values += self._cells[first : first + start + count - QUEUE].tolist()
+        return [(head + place, value) for place, value in enumerate(values) if value & 0xFF == WAITING]
 
     def _used(self, pool: int, replica: int) -> int:
         first = self._replica_cell(pool, replica) + 1
@@ -151,22 +227,73 @@ class SlotTable:
         return best
 
     def _grant(self, pool: int) -> set[int]:
+        """Give what is free to those who wait; the workers to wake."""
         woken: set[int] = set()
         base = self._base[pool]
-        while self._cells[base + HEAD] < self._cells[base + TAIL]:
-            cell = self._ticket_cell(pool, self._cells[base + HEAD])
-            value = self._cells[cell]
-            if value & 0xFF == WAITING:
-                replica = self._free_replica(pool)
-                if replica < 0:
-                    break
-                worker = value >> 8 & 0xFF
-                self._cells[cell] = GRANTED | worker << 8 | replica << 16
-                self._cells[self._lease_cell(pool, replica, worker)] += 1
-                self._cells[base + LIVE] -= 1
-                woken.add(worker)
-            self._cells[base + HEAD] += 1
+        while self._cells[base + LIVE] > 0:
+            replica = self._free_replica(pool)
+            if replica < 0:
+                return woken
+            ticket, value = self._next(pool)
+            worker, key = value >> 8 & 0xFF, value >> 16 & 0xFFFF
+            first = self._first
+            self._cells[first + POOL] = pool
+            self._cells[first + REPLICA] = replica
+            self._cells[first + LEASES] = self._cells[self._lease_cell(pool, replica, worker)] + 1
+            self._cells[first + KEY_LEASES] = self._cells[self._key_cell(pool, worker, key)] + 1
+            self._cells[first] = ticket + 1
+            self._finish_grant()
+            woken.add(worker)
+        self._cells[base + HEAD] = self._cells[base + TAIL]
         return woken
+
+    def _finish_grant(self) -> None:
+        """Do what the first cells say; to do it again, after a death in its middle, is no harm."""
+        cells, first = self._cells, self._first
+        pool, replica = cells[first + POOL], cells[first + REPLICA]
+        cell = self._ticket_cell(pool, cells[first] - 1)
+        value = cells[cell]
+        worker, key = value >> 8 & 0xFF, value >> 16 & 0xFFFF
+        cells[self._lease_cell(pool, replica, worker)] = cells[first + LEASES]
+        cells[self._key_cell(pool, worker, key)] = cells[first + KEY_LEASES]
+        if value & 0xFF == WAITING:
+            cells[self._base[pool] + LIVE] -= 1
+        cells[cell] = GRANTED | value & 0xFFFFFF00 | replica << 32
+        cells[first] = 0
+
+    def _next(self, pool: int) -> tuple[int, int]:
+        """(ticket, its cell's value) of who gets the next slot."""
+        waiting = self._waiting(pool)
+        base = self._base[pool]
+        self._cells[base + HEAD] = waiting[0][0]
+        if self._cells[base + TAIL] - waiting[0][0] > PASSED_OVER:
+            return waiting[0]
+        oldest: dict[int, tuple[int, int]] = {}
+        for entry in waiting:
+            oldest.setdefault(entry[1] >> 16, entry)
+        return min(oldest.values(), key=lambda entry: (self._leases_of(pool, entry[1] >> 16), entry[0]))
+
+    def _displace(self, pool: int, key: int) -> frozenset[int]:
+        """Make room for a ticket of `key`; the worker to wake. Raises RateLimited if nobody holds more."""
+        waiting = self._waiting(pool)
+        holds = Counter(value >> 16 for _, value in waiting)
+        for other in {*holds, key}:
+            holds[other] += self._leases_of(pool, other)
+        most = max((value >> 16 for _, value in waiting), key=holds.__getitem__, default=key)
+        # Not if the two would only change places.
+        if holds[key] + 1 >= holds[most]:
+            raise self._full(pool)
+        ticket, value = next(entry for entry in reversed(waiting) if entry[1] >> 16 == most)
+        self._cells[self._ticket_cell(pool, ticket)] = DISPLACED
+        self._cells[self._base[pool] + LIVE] -= 1
+        return frozenset((value >> 8 & 0xFF,))
+
+    def _full(self, pool: int) -> RateLimited:
+        return RateLimited(
+            "Too many requests are waiting for this model. Please retry later.",
+            code="queue_full",
+            retry_after=self._wait_estimate(pool),
+        )
 
     def _wait_estimate(self, pool: int) -> float:
         """Seconds until a new request would get a slot, at the recent pace."""
@@ -178,13 +305,14 @@ class SlotTable:
 class Lease:
     """One slot of one replica, to be given back exactly once."""
 
-    __slots__ = ("_leases", "_since", "pool", "replica")
+    __slots__ = ("_leases", "_since", "key", "pool", "replica")
 
-    def __init__(self, leases: Leases, pool: int, replica: int) -> None:
+    def __init__(self, leases: Leases, pool: int, replica: int, key: int) -> None:
         self._leases: Leases | None = leases
         self._since = time.monotonic()
         self.pool = pool
         self.replica = replica
+        self.key = key
 
     def release(self) -> None:
         if self._leases is not None:
@@ -220,12 +348,14 @@ class Leases:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         loop.add_reader(self._my_fd, self._on_wake)
 
-    async def acquire(self, pool: int) -> Lease:
-        """Wait for a slot, first come first served.
+    async def acquire(self, pool: int, key: int = 0) -> Lease:
+        """Wait for a slot for the key with this number.
 
-        Raises RateLimited if the queue is full, EngineTimeout after too long in it.
+        Raises RateLimited if the queue is full, or if the place in it must go to a key that holds less;
+        EngineTimeout after too long in it.
         """
-        replica, ticket = self._table.acquire(pool, self._worker, self._max_queue)
+        replica, ticket, woken = self._table.acquire(pool, self._worker, self._max_queue, key)
+        wake(self._wake_fds, woken)
         if ticket >= 0:
             loop = asyncio.get_running_loop()
             waiter: asyncio.Future[int] = loop.create_future()
@@ -241,10 +371,11 @@ class Leases:
             finally:
                 timer.cancel()
                 del self._waiting[pool, ticket]
-        return Lease(self, pool, replica)
+        return Lease(self, pool, replica, key)
 
     def give_back(self, lease: Lease, seconds: float) -> None:
-        wake(self._wake_fds, self._table.release(lease.pool, lease.replica, self._worker, seconds))
+        woken = self._table.release(lease.pool, lease.replica, self._worker, seconds, lease.key)
+        wake(self._wake_fds, woken)
 
     def usage(self, pool: int) -> tuple[int, int, int]:
         return self._table.usage(pool)
@@ -261,11 +392,15 @@ class Leases:
 
     def _check(self, pool: int, ticket: int, waiter: asyncio.Future[int]) -> None:
         replica = self._table.granted(pool, ticket)
-        if replica >= 0 and not waiter.done():
+        if waiter.done():
+            return
+        if replica >= 0:
             waiter.set_result(replica)
+        elif self._table.displaced(pool, ticket):
+            waiter.set_exception(self._table.full(pool))
 
 
-def wake(fds: Sequence[int], workers: set[int]) -> None:
+def wake(fds: Sequence[int], workers: Iterable[int]) -> None:
     """Write a byte to each worker's pipe; a full pipe already holds a wake-up."""
     for worker in workers:
         with suppress(BlockingIOError):

@@ -192,7 +192,9 @@ class Supervisor:
         while not self._stopping.is_set():
             began = time.monotonic()
             await self._run_worker(worker)
-            wake([write for _, write in self._pipes], self._slots.forget_worker(worker.index))
+            self._slots.forget_worker(worker.index)
+            # Everybody: the worker may have died between a grant and its wake-up.
+            wake([write for _, write in self._pipes], range(len(self._pipes)))
             self._limiter.forget_worker(worker.index)
             self._intake.nudge()
             if self._stopping.is_set():
