@@ -47,6 +47,8 @@ OPERATIONS: list[tuple[str, str, str, Any, tuple[str, ...]]] = [
     ("/detokenize", "post", "Text of token ids", wire.DetokenizeRequest, ("application/json",)),
     ("/models", "get", "The models served", None, ("application/json",)),
     ("/models/{id}", "get", "One model", None, ("application/json",)),
+    ("/usage", "get", "What this key has used", None, ("application/json",)),
+    ("/user/balance", "get", "What is left of this key's budget", None, ("application/json",)),
     ("/openapi.json", "get", "This document", None, ("application/json",)),
     ("/metrics", "get", "Counters for Prometheus (admin and metrics keys)", None, ("text/plain",)),
     ("/health", "get", "200 while the process lives", None, ("application/json",)),
