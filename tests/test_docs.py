@@ -29,6 +29,7 @@ EXAMPLE = ROOT / "config.example.toml"
 
 SECTIONS: dict[str, type[config.Section]] = {
     "server": config.ServerSettings,
+    "log": config.LogSettings,
     "network": config.NetworkSettings,
     "limits": config.LimitSettings,
     "models": config.ModelSettings,

@@ -54,7 +54,16 @@ class ServerSettings(Section, frozen=True):
     first_event_timeout: float = 10.0
     keep_alive_interval: float = 10.0
     drain_timeout: float = 30.0
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class LogSettings(Section, frozen=True):
+    """`[log]`: what is written to `logs/gateway.log` in the data directory, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+    requests: bool = False
+    slow_seconds: float = 30.0
+    bodies: bool = False
 
 
 class NetworkSettings(Section, frozen=True):
@@ -159,6 +168,7 @@ class Settings(Section, frozen=True):
     """All settings. `models` is empty until a model is configured; then the default one is used."""
 
     server: ServerSettings = ServerSettings()
+    log: LogSettings = LogSettings()
     network: NetworkSettings = NetworkSettings()
     limits: LimitSettings = LimitSettings()
     models: list[ModelSettings] = []
@@ -240,6 +250,7 @@ def _read_file(path: str) -> dict[str, Any]:
 
 _SECTIONS: dict[str, type[Section]] = {
     "server": ServerSettings,
+    "log": LogSettings,
     "network": NetworkSettings,
     "limits": LimitSettings,
     "ledger": LedgerSettings,
@@ -286,6 +297,7 @@ def _check(settings: Settings) -> None:
             f"server.require_tls forbids plain text on {server.host}: give tls_cert and tls_key",
         ),
         (server.max_body_bytes >= 1024, "server.max_body_bytes must be at least 1024"),
+        (settings.log.slow_seconds >= 0, "log.slow_seconds can't be negative (0: no request is slow)"),
         (limits.reserved_completion_tokens >= 1, "limits.reserved_completion_tokens must be at least 1"),
         (1 <= limits.max_n <= 128, "limits.max_n must be between 1 and 128"),
         (0 <= limits.max_queue <= 4000, "limits.max_queue must be between 0 and 4000"),

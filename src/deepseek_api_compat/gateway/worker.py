@@ -75,7 +75,7 @@ async def serve(args: argparse.Namespace) -> None:
     assert isinstance(hello, channel.Hello)
     settings = hello.settings
     logging.basicConfig(
-        level=settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=settings.log.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
     master = bytes.fromhex(hello.master)
@@ -115,6 +115,7 @@ async def serve(args: argparse.Namespace) -> None:
     tasks = [
         listening,
         asyncio.create_task(application.pulse.run()),
+        asyncio.create_task(application.journal.run()),
         asyncio.create_task(sweep(server.server_state.connections, settings.server)),
     ]
     # What was built so far lives as long as the process: keep the garbage collector off it.
