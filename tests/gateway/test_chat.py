@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -20,6 +20,7 @@ from deepseek_api_compat.protocol.completion import ChatCollector, ChatStream
 from deepseek_api_compat.protocol.job import Job, Piece, TokenLogprob
 from deepseek_api_compat.protocol.openai import ChatRequest
 from deepseek_api_compat.protocol.segment import Segment
+from deepseek_api_compat.security.keys import Principal
 
 CONTROLS = {
     "<｜begin▁of▁sentence｜>": 0,
@@ -66,7 +67,10 @@ class ScriptedPool:
     async def encode(self, segments: Sequence[Segment]) -> list[int]:
         return [number for number, _ in enumerate("".join(segment.text for segment in segments))]
 
-    async def stream(self, job: Job) -> AsyncGenerator[list[Piece], None]:
+    async def stream(
+        self, job: Job, key: int, on_lease: Callable[[int], Awaitable[None]]
+    ) -> AsyncGenerator[list[Piece], None]:
+        await on_lease(0)
         self.jobs.append(job)
         pieces = [self._script[at : at + self._size] for at in range(0, len(self._script), self._size)]
         try:
@@ -87,6 +91,28 @@ class ScriptedPool:
             self.closed += 1
 
 
+class Account:
+    """The account of a request that nobody pays for."""
+
+    def __init__(self) -> None:
+        self.tally = Tally("/chat/completions", 0.0)
+        self.principal = Principal(id="k", name="k", role="user", index=0)
+        self.reserved: list[tuple[int, int | None, int]] = []
+        self.replicas: list[int] = []
+
+    def limit(self, wanted: int | None) -> int | None:
+        return wanted
+
+    async def reserve(self, pool: object, prompt: int, limit: int | None, answers: int) -> None:
+        self.reserved.append((prompt, limit, answers))
+
+    async def dispatch(self, replica: int) -> None:
+        self.replicas.append(replica)
+
+    def progress(self) -> None:
+        pass
+
+
 async def ask(pool: ScriptedPool, **fields: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The whole answer, and the chunks of the same events streamed."""
     base = {"model": "m", "messages": [{"role": "user", "content": "Weather?"}]}
@@ -95,7 +121,7 @@ async def ask(pool: ScriptedPool, **fields: Any) -> tuple[dict[str, Any], list[d
     whole = ChatCollector("id", 0, "m", n=request.choices)
     stream = ChatStream("id", 0, "m", n=request.choices, include_usage=True)
     sent = b""
-    async with aclosing(service.chat(pool, request, None, Tally("/chat/completions", 0.0))) as events:  # type: ignore[arg-type]
+    async with aclosing(service.chat(pool, request, None, Account())) as events:  # type: ignore[arg-type]
         async for group in events:
             whole.feed(group)
             sent += stream.feed(group)

@@ -8,11 +8,15 @@ from typing import Any
 
 from deepseek_api_compat.config import Settings
 from deepseek_api_compat.engines.base import EngineState
+from deepseek_api_compat.gateway.account import Books
 from deepseek_api_compat.gateway.admin import AdminApi
 from deepseek_api_compat.gateway.chat import ChatService
 from deepseek_api_compat.gateway.gate import Gate
+from deepseek_api_compat.gateway.journal import Journal
+from deepseek_api_compat.gateway.journal_files import JOURNALS
 from deepseek_api_compat.gateway.local_limits import LocalLimiter
 from deepseek_api_compat.gateway.pool import ModelPool
+from deepseek_api_compat.gateway.prices import Prices
 from deepseek_api_compat.gateway.response import Pulse
 from deepseek_api_compat.gateway.routes import Api, ModelDirectory
 from deepseek_api_compat.gateway.shared import SharedMemory
@@ -79,8 +83,10 @@ class Application:
         chat = ChatService(self._templates, max_choices=limits.max_n)
         currency = settings.ledger.currency
         usage, admin = UsageApi(ask, currency), AdminApi(ask, currency)
-        api = Api(directory, chat, usage, admin, self.pulse, settings)
-        self.gate = Gate(api.routes(), keys, limiter, settings)
+        self.journal = Journal(settings.data_dir / JOURNALS, worker, settings.ledger)
+        books = Books(limiter, self.journal, Prices(settings.prices))
+        api = Api(directory, chat, books, usage, admin, self.pulse, settings)
+        self.gate = Gate(api.routes(), keys, limiter, self.journal, settings)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -91,6 +97,7 @@ class Application:
     async def close(self) -> None:
         """End what was started besides; no request is served any more."""
         await self._templates.close()
+        self.journal.close()
 
     def use_keys(self, keys: KeyTable) -> None:
         self.gate.keys = keys

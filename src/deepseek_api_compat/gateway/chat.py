@@ -16,7 +16,7 @@ import msgspec
 
 from deepseek_api_compat.engines.base import ModelInfo, TokenEngine
 from deepseek_api_compat.errors import ContextTooLong, InvalidRequest
-from deepseek_api_compat.gateway.metrics import Tally
+from deepseek_api_compat.gateway.account import Account
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.templates import Templates
 from deepseek_api_compat.protocol import formats, prompt
@@ -50,17 +50,18 @@ class ChatService:
         self._max_choices = max_choices
 
     async def chat(
-        self, pool: ModelPool, request: ChatRequest, functions: list[dict[str, Any]] | None, tally: Tally
+        self, pool: ModelPool, request: ChatRequest, functions: list[dict[str, Any]] | None, account: Account
     ) -> Events:
         """Events of all choices; one Usage event comes last. `functions`: see `prompt_ids`."""
         info = await pool.info()
         format = pool.format(info)
         ids, start = await self.prompt_ids(pool, request, functions)
+        limit = account.limit(request.limit)
         # A stop string ends the answer, not the reasoning or a call; the engine couldn't tell them apart.
         plain = start.startswith("content") and not formats.declared_tools(request)
         job = Job(
             prompt_ids=ids,
-            max_tokens=answer_limit(len(ids), info.context, request.limit),
+            max_tokens=answer_limit(len(ids), info.context, limit),
             sampling=sampling_of(pool, request),
             stop=request.stops if plain else (),
             grammar=constraint(request, formats.call_syntax(format), start),
@@ -75,7 +76,8 @@ class ChatService:
             )
             for index, one in enumerate(choices(job, request.choices))
         ]
-        async with aclosing(self._generate(pool, made, 1, tally)) as stream:
+        await account.reserve(pool, len(ids), limit, len(made))
+        async with aclosing(self._generate(pool, made, 1, account)) as stream:
             async for events in stream:
                 yield events
 
@@ -98,17 +100,18 @@ class ChatService:
         return await engine.encode(rendered.segments), rendered.start
 
     async def complete(
-        self, pool: ModelPool, request: CompletionRequest, prompts: Sequence[list[int]], tally: Tally
+        self, pool: ModelPool, request: CompletionRequest, prompts: Sequence[list[int]], account: Account
     ) -> Events:
         """As `chat`, for prompts given as token ids; choice index = prompt number x n + choice."""
         info = await pool.info()
+        limit = account.limit(request.limit)
         made: list[Choice] = []
         for ids in prompts:
             if not ids:
                 raise InvalidRequest("The prompt is empty.", param="prompt")
             job = Job(
                 prompt_ids=ids,
-                max_tokens=answer_limit(len(ids), info.context, request.limit),
+                max_tokens=answer_limit(len(ids), info.context, limit),
                 sampling=sampling_of(pool, request),
                 stop=request.stops,
                 top_logprobs=request.logprobs,
@@ -117,7 +120,8 @@ class ChatService:
                 Choice(one, OutputParser(index))
                 for index, one in enumerate(choices(job, request.choices), start=len(made))
             ]
-        async with aclosing(self._generate(pool, made, len(prompts), tally)) as stream:
+        await account.reserve(pool, sum(map(len, prompts)), limit, len(made))
+        async with aclosing(self._generate(pool, made, len(prompts), account)) as stream:
             async for events in stream:
                 yield events
 
@@ -128,41 +132,53 @@ class ChatService:
                 f"Prompts times n are {count} choices; at most {self._max_choices} are allowed.", param="n"
             )
 
-    async def _generate(self, pool: ModelPool, made: list[Choice], prompts: int, tally: Tally) -> Events:
+    async def _generate(self, pool: ModelPool, made: list[Choice], prompts: int, account: Account) -> Events:
         # The prompt counts once however many choices are made from it, as OpenAI counts.
         per_prompt = len(made) // prompts
-        streams = [run_job(pool, one, index % per_prompt == 0, tally) for index, one in enumerate(made)]
+        streams = [run_job(pool, one, index % per_prompt == 0, account) for index, one in enumerate(made)]
         # Closed here, not by the garbage collector: a client that left frees its slot now.
         async with aclosing(streams[0] if len(streams) == 1 else merge(streams)) as stream:
             async for events in stream:
                 yield events
+        tally = account.tally
         yield [
             Usage(tally.prompt_tokens, tally.cached_tokens, tally.completion_tokens, tally.reasoning_tokens)
         ]
 
 
-async def run_job(pool: ModelPool, choice: Choice, counts_prompt: bool, tally: Tally) -> Events:
-    """Events of one choice. What the engine counted goes into `tally`; until it has, what was received."""
+async def run_job(pool: ModelPool, choice: Choice, counts_prompt: bool, account: Account) -> Events:
+    """Events of one choice. Its tokens count as they come; at the end, what the engine counted."""
     job, parser, stops = choice
-    received = 0
-    counted = stopped = False
-    stream = pool.stream(job)
+    tally = account.tally
+    received = prompt = 0
+    stopped = False
+
+    async def on_lease(replica: int) -> None:
+        nonlocal prompt
+        if counts_prompt and not prompt:
+            prompt = len(job.prompt_ids)
+            tally.prompt_tokens += prompt
+        await account.dispatch(replica)
+
+    stream = pool.stream(job, account.principal.index, on_lease)
     try:
         async for group in stream:
             if not tally.first:
                 tally.first = time.monotonic()
             events: list[Event] = []
             for piece in group:
-                received += len(piece.ids)
+                made = len(piece.ids)
                 if parser.thinking:
-                    tally.reasoning_tokens += len(piece.ids)
+                    tally.reasoning_tokens += made
                 if piece.finish is not None:
-                    counted = True
-                    tally.completion_tokens += piece.completion_tokens
+                    made = piece.completion_tokens - received
                     if counts_prompt:
-                        tally.prompt_tokens += piece.prompt_tokens
+                        tally.prompt_tokens += piece.prompt_tokens - prompt
                         tally.cached_tokens += piece.cached_tokens
+                received += made
+                tally.completion_tokens += made
                 events += parser.feed(piece)
+            account.progress()
             if stops is not None:
                 events, stopped = stops.feed(events)
             if events:
@@ -172,10 +188,6 @@ async def run_job(pool: ModelPool, choice: Choice, counts_prompt: bool, tally: T
         if events := parser.close():
             yield events
     finally:
-        if not counted:
-            tally.completion_tokens += received
-            if counts_prompt:
-                tally.prompt_tokens += len(job.prompt_ids)
         await stream.aclose()
 
 

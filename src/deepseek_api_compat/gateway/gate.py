@@ -30,11 +30,13 @@ from deepseek_api_compat.errors import (
     PermissionDenied,
 )
 from deepseek_api_compat.gateway import metrics
+from deepseek_api_compat.gateway.account import Account
 from deepseek_api_compat.gateway.cors import Cors
-from deepseek_api_compat.gateway.limits import Allowance, Grant, Limiter, OverLimit
+from deepseek_api_compat.gateway.journal import Journal
+from deepseek_api_compat.gateway.limits import Grant, Limiter, OverLimit
 from deepseek_api_compat.gateway.metrics import Tally
 from deepseek_api_compat.gateway.public import PUBLIC
-from deepseek_api_compat.gateway.response import Headers, Responder, send_error
+from deepseek_api_compat.gateway.response import Headers, Responder, rate_headers, send_error
 from deepseek_api_compat.security.keys import KeyTable, Principal
 from deepseek_api_compat.security.network import UNKNOWN, AllowList, TrustedProxies
 from deepseek_api_compat.security.scope import networks
@@ -52,6 +54,7 @@ class Call:
     __slots__ = (
         "_max_body",
         "_receive",
+        "account",
         "address",
         "grant",
         "headers",
@@ -75,6 +78,7 @@ class Call:
         self.address: str = client[0] if client else UNKNOWN  # the gate asks the proxies it trusts
         self.principal: Principal | None = None
         self.grant: Grant | None = None
+        self.account: Account | None = None  # of a request for a model
         self.rest = ""  # what follows the route's path, as the id in /models/{id}
 
     @property
@@ -161,16 +165,6 @@ def authorization(scope: Scope) -> bytes | None:
     return found
 
 
-def rate_headers(requests: Allowance | None, tokens: Allowance | None) -> Headers:
-    """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}`, of the limits there are."""
-    return [
-        b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %.3fs\r\n"
-        % (kind, allowance.limit, kind, allowance.remaining, kind, allowance.reset)
-        for kind, allowance in ((b"requests", requests), (b"tokens", tokens))
-        if allowance is not None
-    ]
-
-
 class Gate:
     """The ASGI application.
 
@@ -178,9 +172,12 @@ class Gate:
     as it was sent, byte by byte: `/%6detrics` and `/v1//models` are no routes, and need a key to be told so.
     """
 
-    def __init__(self, routes: list[Route], keys: KeyTable, limiter: Limiter, settings: Settings) -> None:
+    def __init__(
+        self, routes: list[Route], keys: KeyTable, limiter: Limiter, journal: Journal, settings: Settings
+    ) -> None:
         self.keys = keys
         self._limiter = limiter
+        self._journal = journal
         self._max_body = settings.server.max_body_bytes
         places = [((prefix + route.path).encode(), route) for route in routes for prefix in route.prefixes]
         self._exact = {path: route for path, route in places if not route.takes_rest}
@@ -202,15 +199,18 @@ class Gate:
         tally = Tally("unknown", time.monotonic())
         request_id = f"req-{self._id_prefix}{next(self._ids):08x}"
         call = Call(scope, receive, request_id, tally, self._max_body)
+        cancelled = None
         try:
             await self._serve(call)
         except ApiError as error:
             tally.status = error.status
+            tally.error = error
             if tally.model == "":
                 metrics.REFUSED.labels(error.code or error.type).inc()
             await send_error(call.out, error, call.headers)
         except asyncio.CancelledError:
             # Ends here: whoever cancelled, the connection or the drain, only wants this task to be over.
+            cancelled = "client" if call.connection_lost else "shutdown"
             if call.connection_lost:
                 tally.status = 499
                 metrics.CLIENT_GONE.labels(tally.endpoint).inc()
@@ -219,13 +219,12 @@ class Gate:
                 await call.end_early(EngineUnavailable("The service is shutting down.", retry_after=5.0))
         except Exception:
             tally.status = 500
+            tally.error = InternalError(f"Internal error; its request id is {call.id}.")
             logger.exception("request %s failed", call.id)
-            await call.end_early(InternalError(f"Internal error; its request id is {call.id}."))
+            await call.end_early(tally.error)
         finally:
             connection.handler = None
-            if call.grant is not None:
-                call.grant.settle(0, 0)  # of no effect where the handler has told what was used
-            tally.settle(time.monotonic())
+            self._settle(call, cancelled)
 
     async def _serve(self, call: Call) -> None:
         if self._asks_first and await self._answered_at_once(call):
@@ -253,6 +252,16 @@ class Gate:
                 raise
             call.headers += rate_headers(grant.requests, grant.tokens)
         await handler(call)
+
+    def _settle(self, call: Call, cancelled: str | None) -> None:
+        if call.account is not None:
+            call.account.settle(cancelled=cancelled)
+        elif call.grant is not None:
+            call.grant.settle(0, 0)
+        error = call.tally.error
+        if error is not None and call.principal is not None and call.account is None:
+            self._journal.refused(call.principal.id, error.code or error.type)
+        call.tally.settle(time.monotonic())
 
     async def _answered_at_once(self, call: Call) -> bool:
         """What is settled before a key is looked at: who the client is, whether it is let in, preflights."""

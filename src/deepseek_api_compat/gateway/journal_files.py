@@ -40,6 +40,7 @@ _counters = struct.Struct(f"={CELLS - 1}q")
 _row = struct.Struct(f"={CELLS}q")
 _FRESH = (0, 0, 0, 0, 0, -1, -1, -1)
 crc32 = zlib.crc32
+JOURNALS = "journal"  # their folder in the data directory
 
 
 class Row:

@@ -25,6 +25,7 @@ from deepseek_api_compat.gateway.journal import Admission, Refusal, plausible
 from deepseek_api_compat.gateway.journal_files import (
     CACHED,
     COMPLETION,
+    JOURNALS,
     PROMPT,
     QUEUE,
     REASONING,
@@ -81,7 +82,7 @@ class Intake:
         open: Callable[[Path, str | None], Ledger] = open_ledger,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.directory = data_dir / "journal"
+        self.directory = data_dir / JOURNALS
         self._data_dir = data_dir
         self._settings = settings
         self._open = open

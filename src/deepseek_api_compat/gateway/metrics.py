@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from deepseek_api_compat.errors import ApiError
 from deepseek_api_compat.gateway.pool import ModelPool
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -95,6 +96,8 @@ class Tally:
         "cached_tokens",
         "completion_tokens",
         "endpoint",
+        "error",
+        "finish",
         "first",
         "model",
         "prompt_tokens",
@@ -109,6 +112,8 @@ class Tally:
         self.start = start
         self.first = 0.0
         self.status = 0
+        self.error: ApiError | None = None
+        self.finish: str | None = None  # of the first choice
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = self.reasoning_tokens = 0
 
     def settle(self, now: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 from deepseek_api_compat.config import ModelSettings
@@ -109,13 +109,17 @@ class ModelPool:
     def state_of(self, replica: int) -> EngineState:
         return self._states[replica]
 
-    async def lease(self) -> Lease:
-        """A slot of a ready replica, in order of arrival. Raises RateLimited, EngineUnavailable."""
+    async def lease(self, key: int = 0) -> Lease:
+        """A slot of a ready replica, fairly among keys. Raises RateLimited, EngineUnavailable."""
         await self._any_ready()
-        return await self._leases.acquire(self.index)
+        return await self._leases.acquire(self.index, key)
 
-    async def stream(self, job: Job) -> AsyncGenerator[list[Piece], None]:
+    async def stream(
+        self, job: Job, key: int = 0, on_lease: Callable[[int], Awaitable[None]] | None = None
+    ) -> AsyncGenerator[list[Piece], None]:
         """Pieces of the answer, in the groups in which they arrived; the slot is free when this closes.
+
+        `key` is whose slot it is, for fairness; `on_lease` is told the replica before it hears of the job.
 
         A job that an engine dies on before it answers goes once more to the next one that is ready.
         """
@@ -124,8 +128,10 @@ class ModelPool:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._ready_timeout
         while True:
-            lease = await self.lease()
+            lease = await self.lease(key)
             try:
+                if on_lease is not None:
+                    await on_lease(lease.replica)
                 async with aclosing(self._engine(lease.replica).stream(job)) as pieces:
                     async for group in pieces:
                         begun = True

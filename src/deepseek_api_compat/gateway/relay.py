@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from deepseek_api_compat.engines.upstream import Response
 from deepseek_api_compat.errors import ApiError, EngineFailed, EngineUnavailable, InvalidRequest, RateLimited
+from deepseek_api_compat.gateway.account import Account
 from deepseek_api_compat.gateway.metrics import Tally
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.response import EventStream
 from deepseek_api_compat.protocol.openai import StreamOptions, reencode
 
+BYTES_PER_TOKEN = 4  # of a request's body, about
 MAX_EVENT = 16 * 1024 * 1024
 MAX_BODY = 256 * 1024 * 1024
 # A quote right before and after: inside a JSON string it would be escaped, so text never matches.
@@ -60,40 +63,47 @@ async def relay(
     path: str,
     body: bytes,
     out: EventStream,
-    tally: Tally,
+    account: Account,
     *,
     stream: bool = False,
     options: StreamOptions | None = None,
-    thinks: bool | None = None,
+    limit: int | None = 0,
+    choices: int = 1,
+    replace: Mapping[str, Any] | None = None,
 ) -> None:
     """Send `body` to an upstream of `pool` and its answer to `out`.
 
-    `thinks`: what the model's name said of thinking; the upstream is told as DeepSeek's hosted API reads it.
+    `limit` and `choices`: how much each of how many answers may have. `replace`: fields of the body in place
+    of the client's. Until the upstream has counted them, a prompt's tokens are a quarter of its bytes.
 
     Raises ApiError for anything that keeps the answer from being complete. Closes the upstream
     connection at once when cancelled.
     """
-    lease = await pool.lease() if pool.leased else None
+    tally = account.tally
+    prompt = len(body) // BYTES_PER_TOKEN
+    await account.reserve(pool, prompt, limit, choices)
+    lease = await pool.lease(account.principal.index) if pool.leased else None
     try:
         if lease is None:
             state, upstream = await pool.upstream()
         else:
             state = pool.state_of(lease.replica)
             upstream = pool.upstream_of(state)
-        replace: dict[str, Any] = {"model": pool.upstream_model(state)}
-        if thinks is not None:
-            replace["thinking"] = {"type": "enabled" if thinks else "disabled"}
+        fields: dict[str, Any] = {**(replace or {}), "model": pool.upstream_model(state)}
         wants_usage = options is not None and bool(options.include_usage)
         if stream and not wants_usage:
-            replace["stream_options"] = {"include_usage": True}
-        response = await upstream.request("POST", path, reencode(body, replace))
+            fields["stream_options"] = {"include_usage": True}
+        await account.dispatch(state.replica)
+        response = await upstream.request("POST", path, reencode(body, fields))
         try:
             if response.status != 200:
                 raise upstream_error(response, await response.read())
+            tally.prompt_tokens = prompt
             if stream:
-                await _relay_events(response, out, tally, hide_usage=not wants_usage)
+                await _relay_events(response, out, account, hide_usage=not wants_usage)
             else:
                 await _relay_body(response, out, tally)
+                account.written()
         finally:
             response.close()
     finally:
@@ -110,45 +120,46 @@ async def _relay_body(response: Response, out: EventStream, tally: Tally) -> Non
     await out.finish(data)
 
 
-async def _relay_events(response: Response, out: EventStream, tally: Tally, *, hide_usage: bool) -> None:
+async def _relay_events(response: Response, out: EventStream, account: Account, *, hide_usage: bool) -> None:
     """Forward whole SSE events. A stream that ends without [DONE] is an error, not an end."""
     rest = b""
-    done = False
-    tokens = 0
-    try:
-        while data := await response.chunk():
-            if rest:
-                data = rest + data
-            if b"\r" in data:  # JSON has no raw CR, so this only turns CRLF line ends into LF
-                data = data.replace(b"\r", b"")
-            cut = data.rfind(b"\n\n") + 2
-            if cut < 2:
-                if len(data) > MAX_EVENT:
-                    raise EngineFailed("The upstream sent an event of over 16 MiB.")
-                rest = data
-                continue
-            events, rest = (data, b"") if cut == len(data) else (data[:cut], data[cut:])
-            if not tally.first:
-                tally.first = time.monotonic()
-            tokens += events.count(b"data:")
-            if b'"usage"' in events and USAGE.search(events):
-                events = _take_usage(events, tally, hide=hide_usage)
-            if b'"error"' in events and ERROR.search(events):
-                events = _before_error(events)
-                if events:
-                    await out.write(events)
-                raise EngineFailed("The upstream reported an error in the middle of its answer.")
-            if b"[DONE]" in events and DONE.search(events):
-                done = True
-                await out.finish(events)
-                break
+    done = counted = False
+    tally = account.tally
+    while data := await response.chunk():
+        if rest:
+            data = rest + data
+        if b"\r" in data:  # JSON has no raw CR, so this only turns CRLF line ends into LF
+            data = data.replace(b"\r", b"")
+        cut = data.rfind(b"\n\n") + 2
+        if cut < 2:
+            if len(data) > MAX_EVENT:
+                raise EngineFailed("The upstream sent an event of over 16 MiB.")
+            rest = data
+            continue
+        events, rest = (data, b"") if cut == len(data) else (data[:cut], data[cut:])
+        if not tally.first:
+            tally.first = time.monotonic()
+        if not counted:
+            tally.completion_tokens += events.count(b"data:")  # a token each, until usage says better
+        if b'"usage"' in events and USAGE.search(events):
+            counted = True
+            events = _take_usage(events, tally, hide=hide_usage)
+        account.progress()
+        if b'"error"' in events and ERROR.search(events):
+            events = _before_error(events)
             if events:
                 await out.write(events)
-        if not done:
-            raise EngineFailed("The upstream ended its stream before the answer was complete.")
-    finally:
-        if not tally.completion_tokens:
-            tally.completion_tokens = tokens  # one event a token, the closest count without usage
+            raise EngineFailed("The upstream reported an error in the middle of its answer.")
+        if b"[DONE]" in events and DONE.search(events):
+            done = True
+            await out.finish(events)
+            account.written()
+            break
+        if events:
+            await out.write(events)
+            account.written()
+    if not done:
+        raise EngineFailed("The upstream ended its stream before the answer was complete.")
 
 
 def _take_usage(events: bytes, tally: Tally, *, hide: bool) -> bytes:

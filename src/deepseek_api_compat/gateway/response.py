@@ -12,6 +12,7 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from deepseek_api_compat.errors import ApiError, MethodNotAllowed
+from deepseek_api_compat.gateway.limits import Allowance
 
 Headers = list[bytes]  # whole lines, each with its line end
 
@@ -125,6 +126,16 @@ async def send_error(out: Responder, error: ApiError, headers: Headers) -> None:
     if isinstance(error, MethodNotAllowed):
         extra.append(b"allow: %b\r\n" % ", ".join(error.allowed).encode())
     await send_json(out, error.status, error.body(), extra)
+
+
+def rate_headers(requests: Allowance | None, tokens: Allowance | None) -> Headers:
+    """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}`, of the limits there are."""
+    return [
+        b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %.3fs\r\n"
+        % (kind, allowance.limit, kind, allowance.remaining, kind, allowance.reset)
+        for kind, allowance in ((b"requests", requests), (b"tokens", tokens))
+        if allowance is not None
+    ]
 
 
 class Pulse:

@@ -14,6 +14,7 @@ from deepseek_api_compat import __version__
 from deepseek_api_compat.config import Settings
 from deepseek_api_compat.errors import ApiError, EngineUnavailable, InvalidRequest, ModelNotFound
 from deepseek_api_compat.gateway import metrics, openapi
+from deepseek_api_compat.gateway.account import Account, Books
 from deepseek_api_compat.gateway.admin import AdminApi
 from deepseek_api_compat.gateway.chat import ChatService, Events, infill_ids, token_ids
 from deepseek_api_compat.gateway.gate import Call, Route
@@ -23,10 +24,11 @@ from deepseek_api_compat.gateway.response import EventStream, Pulse, send_error,
 from deepseek_api_compat.gateway.usage import UsageApi
 from deepseek_api_compat.protocol import completion
 from deepseek_api_compat.protocol import openai as wire
-from deepseek_api_compat.protocol.events import Event
+from deepseek_api_compat.protocol.events import Event, Finish
 
 USERS = frozenset({"user", "admin"})
 READERS = frozenset({"admin", "metrics"})
+LIMITS = ("max_tokens", "max_completion_tokens")
 THINKING_SUFFIXES = {"-thinking": True, "-nothinking": False}
 
 
@@ -79,6 +81,7 @@ class Api:
         self,
         directory: ModelDirectory,
         chat: ChatService,
+        books: Books,
         usage: UsageApi,
         admin: AdminApi,
         pulse: Pulse,
@@ -86,6 +89,7 @@ class Api:
     ) -> None:
         self._directory = directory
         self._chat = chat
+        self._books = books
         self._usage = usage
         self._admin = admin
         self._pulse = pulse
@@ -116,7 +120,7 @@ class Api:
         body = await call.body()
         request = wire.decode_chat(body, self._limits)
         pool, thinks = self._directory.choose(request.model)
-        call.tally.model = pool.name
+        account = self._open_account(call, pool, request.model)
         if thinks is not None:
             request = msgspec.structs.replace(request, thinking=thinks)
         functions = wire.declared_functions(body) if request.tools else None
@@ -127,28 +131,33 @@ class Api:
                 "/chat/completions",
                 body,
                 out,
-                call.tally,
+                account,
                 stream=request.stream,
                 options=request.stream_options,
-                thinks=thinks,
+                limit=account.limit(request.limit),
+                choices=request.choices,
+                replace=upstream_fields(account, request, thinks),
             )
         elif request.stream:
             encoder = completion.ChatStream(
-                *self._identity(call, "chatcmpl", pool),
+                *identity_of(call.id, "chatcmpl", pool),
                 include_usage=request.include_usage,
                 n=request.choices,
                 profile=pool.settings.profile,
             )
-            work = stream_events(self._chat.chat(pool, request, functions, call.tally), out, encoder)
+            events = self._chat.chat(pool, request, functions, account)
+            work = stream_events(events, out, encoder, account)
         else:
-            collector = completion.ChatCollector(*self._identity(call, "chatcmpl", pool), n=request.choices)
-            work = collect_events(self._chat.chat(pool, request, functions, call.tally), out, collector)
+            collector = completion.ChatCollector(*identity_of(call.id, "chatcmpl", pool), n=request.choices)
+            events = self._chat.chat(pool, request, functions, account)
+            work = collect_events(events, out, collector, account)
         await self._answer(call, out, work)
 
     async def completions(self, call: Call) -> None:
         body = await call.body()
         request = wire.decode_completion(body, self._limits)
-        pool = self._choose(call, request.model)
+        pool = self._directory.find(request.model)
+        account = self._open_account(call, pool, request.model)
         out = self._open(call, sse=request.stream)
         if pool.kind == "chat":
             work = relay(
@@ -156,16 +165,19 @@ class Api:
                 "/completions",
                 body,
                 out,
-                call.tally,
+                account,
                 stream=request.stream,
                 options=request.stream_options,
+                limit=account.limit(request.limit),
+                choices=len(request.prompts) * request.choices,
+                replace=upstream_fields(account, request),
             )
         else:
-            work = self._complete(call, pool, request, out)
+            work = self._complete(account, pool, request, out)
         await self._answer(call, out, work)
 
     async def _complete(
-        self, call: Call, pool: ModelPool, request: wire.CompletionRequest, out: EventStream
+        self, account: Account, pool: ModelPool, request: wire.CompletionRequest, out: EventStream
     ) -> None:
         self._chat.check_choices(len(request.prompts) * request.choices)
         info, engine = await pool.info(), await pool.engine()
@@ -179,8 +191,8 @@ class Api:
         echo = None
         if request.echo:
             echo = [p if isinstance(p, str) else await engine.detokenize(p) for p in request.prompts]
-        events = self._chat.complete(pool, request, prompts, call.tally)
-        identity = self._identity(call, "cmpl", pool)
+        events = self._chat.complete(pool, request, prompts, account)
+        identity = identity_of(account.id, "cmpl", pool)
         if request.stream:
             encoder = completion.CompletionStream(
                 *identity,
@@ -190,20 +202,21 @@ class Api:
                 echo=echo,
                 profile=pool.settings.profile,
             )
-            await stream_events(events, out, encoder)
+            await stream_events(events, out, encoder, account)
         else:
             collector = completion.CompletionCollector(
                 *identity, prompts=len(prompts), n=request.choices, echo=echo
             )
-            await collect_events(events, out, collector)
+            await collect_events(events, out, collector, account)
 
     async def embeddings(self, call: Call) -> None:
         body = await call.body()
         request = wire.decode_embedding(body, self._limits)
-        pool = self._choose(call, request.model)
+        pool = self._directory.find(request.model)
+        account = self._open_account(call, pool, request.model)
         if pool.kind == "chat":
             out = self._open(call, sse=False)
-            await self._answer(call, out, relay(pool, "/embeddings", body, out, call.tally))
+            await self._answer(call, out, relay(pool, "/embeddings", body, out, account))
             return
         if not any(engine.embedding for engine in pool.settings.engines):
             raise InvalidRequest(
@@ -216,8 +229,11 @@ class Api:
             text if isinstance(text, list) else await token_ids(engine, info, text, special=False)
             for text in request.inputs
         ]
+        prompt = sum(len(ids) for ids in inputs)
+        await account.reserve(pool, prompt, 0, 0)
+        await account.dispatch(next(state.replica for state in pool.states if state.state == "ready"))
+        call.tally.prompt_tokens = prompt
         vectors = await engine.embed(inputs)
-        call.tally.prompt_tokens = sum(len(ids) for ids in inputs)
         answer = completion.embedding_response(
             pool.name, vectors, call.tally.prompt_tokens, encoding=request.encoding_format
         )
@@ -273,10 +289,15 @@ class Api:
     async def version(self, call: Call) -> None:
         await self._json(call, {"version": __version__})
 
-    def _choose(self, call: Call, name: str) -> ModelPool:
-        pool = self._directory.find(name)
+    def _open_account(self, call: Call, pool: ModelPool, name: str) -> Account:
+        """The account of a request for a model. Raises PermissionDenied if its key may not use that."""
+        assert call.principal is not None, "these routes need a key"
+        assert call.grant is not None, "the gate has admitted it"
         call.tally.model = pool.name
-        return pool
+        account = Account(self._books, call.id, call.principal, call.grant, call.tally, call.headers)
+        call.account = account
+        account.check_model(pool, name)
+        return account
 
     def _token_pool(self, call: Call, name: str | None) -> ModelPool:
         pool = self._directory.pools[0] if name is None else self._directory.find(name)
@@ -295,6 +316,7 @@ class Api:
         try:
             await work
         except ApiError as error:
+            call.tally.error = error
             await out.fail(error)
         except asyncio.CancelledError:
             if not call.connection_lost:
@@ -308,8 +330,23 @@ class Api:
         call.tally.status = 200
         await send_json(call.out, 200, value, call.headers)
 
-    def _identity(self, call: Call, kind: str, pool: ModelPool) -> tuple[str, int, str]:
-        return f"{kind}-{call.id[4:]}", int(time.time()), pool.name
+
+def identity_of(request_id: str, kind: str, pool: ModelPool) -> tuple[str, int, str]:
+    """id, created and model of an answer."""
+    return f"{kind}-{request_id[4:]}", int(time.time()), pool.name
+
+
+def upstream_fields(
+    account: Account, request: wire.ChatRequest | wire.CompletionRequest, thinks: bool | None = None
+) -> dict[str, Any]:
+    """What an upstream is told in other words than the client's: `thinks` is what the model's name said."""
+    fields: dict[str, Any] = {}
+    if thinks is not None:
+        fields["thinking"] = {"type": "enabled" if thinks else "disabled"}
+    if account.principal.max_tokens is not None:
+        given = [name for name in LIMITS if getattr(request, name, None) is not None]
+        fields |= dict.fromkeys(given or ["max_tokens"], account.limit(request.limit))
+    return fields
 
 
 class Encoder(Protocol):
@@ -326,16 +363,28 @@ class Collector(Protocol):
     def response(self) -> bytes: ...
 
 
-async def stream_events(events: Events, out: EventStream, encoder: Encoder) -> None:
+async def stream_events(events: Events, out: EventStream, encoder: Encoder, account: Account) -> None:
     async with aclosing(events):
         async for group in events:
+            note_finish(group, account)
             if data := encoder.feed(group):
                 await out.write(data)
+                account.written()
     await out.finish(encoder.done())
+    account.written()
 
 
-async def collect_events(events: Events, out: EventStream, collector: Collector) -> None:
+async def collect_events(events: Events, out: EventStream, collector: Collector, account: Account) -> None:
     async with aclosing(events):
         async for group in events:
+            note_finish(group, account)
             collector.feed(group)
     await out.finish(collector.response())
+    account.written()
+
+
+def note_finish(events: list[Event], account: Account) -> None:
+    """What the ledger is told: why the first choice ended."""
+    last = events[-1]
+    if isinstance(last, Finish) and last.index == 0:
+        account.tally.finish = last.reason

@@ -29,6 +29,7 @@ from deepseek_api_compat.gateway import channel
 from deepseek_api_compat.gateway.app import local_limiter, shared_cells, slot_table
 from deepseek_api_compat.gateway.ledger import Intake
 from deepseek_api_compat.gateway.operations import Operations
+from deepseek_api_compat.gateway.renewal import Renewal
 from deepseek_api_compat.gateway.replicas import Replica, WatchedUpstream, replicas_of
 from deepseek_api_compat.gateway.shared import SharedMemory
 from deepseek_api_compat.gateway.slots import wake
@@ -109,10 +110,12 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
         self._prepare_run_dir()
+        self._publish_certificate()
         self._intake.start()
         server = await self._start_control()
         # After the control socket is there, so that no key made in between is missed.
         self._keys = await asyncio.to_thread(self._admin.store.list)
+        await self._load_limits()
         self._replicas = replicas_of(self._settings, self._lifeline, self._on_replica_change)
         keepers = [self._own(self._keep_worker(worker)) for worker in self._workers]
         await asyncio.gather(*(replica.start() for replica in self._replicas))
@@ -126,6 +129,20 @@ class Supervisor:
         await asyncio.gather(*self._owned)
         if self._failure:
             raise SetupError(self._failure)
+
+    async def _load_limits(self) -> None:
+        """What keys have used before this start counts against their budgets and days."""
+        self._intake.directory.mkdir(mode=0o700, exist_ok=True)
+        day = int(time.time()) // 86400
+        try:
+            spent = await asyncio.to_thread(self._intake.spent)
+        except SetupError as error:
+            # The ledger's own policy decides whether requests are served; the intake goes on trying.
+            logger.error("limits: what keys have spent is not known: %s", error)
+            return
+        for key in self._keys:
+            if key.id in spent:
+                self._limiter.load(key.slot, spent[key.id].price, day, spent[key.id].tokens_today)
 
     def _own(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run it beside; should it fail, the service ends and `run` raises its error."""
@@ -142,6 +159,21 @@ class Supervisor:
         shutil.rmtree(self._run_dir, ignore_errors=True)
         (self._run_dir / "metrics").mkdir(parents=True, mode=0o700)
         self._run_dir.chmod(0o700)
+
+    def _publish_certificate(self) -> None:
+        """Workers find it where they look for it, now and after each renewal. Raises SetupError."""
+        if self._settings.server.tls_cert is None:
+            return
+        renewal = Renewal(self._settings, self._tell_of_certificate)
+        renewal.publish()
+        asyncio.get_running_loop().add_signal_handler(
+            signal.SIGHUP, lambda: None if renewal.hang_up() else self._on_signal()
+        )
+        self._own(renewal.run(self._stopping))
+
+    def _tell_of_certificate(self) -> None:
+        for worker in self._workers:
+            worker.send(channel.Certificate())
 
     def _on_signal(self) -> None:
         if self._stopping.is_set():  # a second Ctrl-C: no more patience
@@ -342,7 +374,11 @@ class Supervisor:
         """Give the key table to all live workers and wait until they use it."""
         # One at a time: a list that was read earlier must never follow one that was read later.
         async with self._publishing:
+            before = {key.slot: key.id for key in self._keys}
             self._keys = await asyncio.to_thread(self._admin.store.list)
+            now = {key.slot: key.id for key in self._keys}
+            for slot in (slot for slot, id in before.items() if now.get(slot) != id):
+                self._limiter.reset(slot)
             self._keys_version += 1
             version = self._keys_version
             for worker in self._workers:

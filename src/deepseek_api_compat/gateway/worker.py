@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import socket
-import ssl
 import sys
 from collections.abc import Callable
 
@@ -21,11 +20,13 @@ import uvicorn
 import uvloop
 
 from deepseek_api_compat.config import ServerSettings
+from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.engines.lifeline import die_with_parent
 from deepseek_api_compat.gateway import channel
 from deepseek_api_compat.gateway.app import Application, shared_cells
 from deepseek_api_compat.gateway.http import HttpProtocol, sweep
 from deepseek_api_compat.gateway.shared import SharedMemory
+from deepseek_api_compat.security.certificates import LiveContext, published_place
 from deepseek_api_compat.security.keys import KeyTable
 
 
@@ -41,13 +42,14 @@ class Server(uvicorn.Server):
         self._on_started()
 
 
-def tls13_only(config: uvicorn.Config, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
-    context = default()
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    return context
+async def renew(certificate: LiveContext) -> None:
+    try:
+        await asyncio.to_thread(certificate.renew)
+    except SetupError as error:  # the supervisor has checked it: it must have been removed since
+        logging.getLogger("deepseek_api").error("TLS: %s The certificate in use stays.", error)
 
 
-def server_config(gate: object, server: ServerSettings) -> uvicorn.Config:
+def server_config(gate: object, server: ServerSettings, certificate: LiveContext | None) -> uvicorn.Config:
     return uvicorn.Config(
         gate,  # type: ignore[arg-type]
         http=HttpProtocol,
@@ -60,9 +62,7 @@ def server_config(gate: object, server: ServerSettings) -> uvicorn.Config:
         server_header=False,
         timeout_keep_alive=int(server.keep_alive_timeout),
         timeout_graceful_shutdown=math.ceil(server.drain_timeout),
-        ssl_certfile=server.tls_cert,
-        ssl_keyfile=server.tls_key,
-        ssl_context_factory=tls13_only if server.tls_cert else None,
+        ssl_context_factory=(lambda _config, _default: certificate.context) if certificate else None,
     )
 
 
@@ -92,8 +92,9 @@ async def serve(args: argparse.Namespace) -> None:
     )
     application.use_engines(hello.engines)
     application.start()
+    certificate = LiveContext(published_place(settings.data_dir)) if settings.server.tls_cert else None
     server = Server(
-        server_config(application.gate, settings.server),
+        server_config(application.gate, settings.server, certificate),
         on_started=lambda: writer.write(channel.encode(channel.Started())),
     )
 
@@ -106,6 +107,8 @@ async def serve(args: argparse.Namespace) -> None:
                 questions.answered(message)
             elif isinstance(message, channel.Engines):
                 application.use_engines(message.engines)
+            elif isinstance(message, channel.Certificate) and certificate is not None:
+                await renew(certificate)
             elif isinstance(message, channel.Drain):
                 server.should_exit = True
 

@@ -1,0 +1,211 @@
+"""The account of one request: reserved before it is dispatched, kept while it runs, settled at its end.
+
+    account = books.account(call_id, endpoint, principal, grant, tally)
+    await account.reserve(pool, prompt, limit)    tokens and money of its key and its model
+    await account.dispatch(replica)               it is written down; now an engine may hear of it
+    account.progress(); account.written()         what was made so far; so much of it was sent
+    account.settle(...)                           once, whatever the end
+
+A request that was refused costs nothing; of a known key it is counted. Everything else leaves one row in the
+ledger, with what was really used.
+"""
+
+from __future__ import annotations
+
+import time
+
+from deepseek_api_compat.errors import (
+    ApiError,
+    EngineFailed,
+    EngineUnavailable,
+    InsufficientQuota,
+    LedgerUnavailable,
+    PermissionDenied,
+    RateLimited,
+)
+from deepseek_api_compat.gateway.journal import Entry, Journal
+from deepseek_api_compat.gateway.limits import Grant, Limiter, OverLimit
+from deepseek_api_compat.gateway.metrics import Tally
+from deepseek_api_compat.gateway.pool import ModelPool
+from deepseek_api_compat.gateway.prices import FREE, Price, Prices
+from deepseek_api_compat.gateway.response import Headers, rate_headers
+from deepseek_api_compat.security.keys import Principal
+from deepseek_api_compat.store.ledger import Outcome
+
+REFUSALS = frozenset({400, 401, 402, 403, 404, 413, 422, 429})
+LOST = (EngineFailed, EngineUnavailable)
+# Refused by a limit, not for what they are.
+FREE_OF_CHARGE = (RateLimited, InsufficientQuota, LedgerUnavailable)
+OFTEN = 64  # tokens after which the limits hear how many there are
+
+
+class Books:
+    """What accounts are kept with; one for each worker."""
+
+    def __init__(self, limiter: Limiter, journal: Journal, prices: Prices) -> None:
+        self.limiter = limiter
+        self.journal = journal
+        self.prices = prices
+
+
+class Account:
+    """One request's account. Failure policy: `reserve` and `dispatch` raise ApiError; the rest never does."""
+
+    __slots__ = (
+        "_books",
+        "_checked",
+        "_entry",
+        "_headers",
+        "_price",
+        "_reserved",
+        "_sent",
+        "grant",
+        "id",
+        "principal",
+        "tally",
+    )
+
+    def __init__(
+        self, books: Books, id: str, principal: Principal, grant: Grant, tally: Tally, headers: Headers
+    ) -> None:
+        """`id` is the request's, unique for ever; `headers` are the answer's, which tell what is left."""
+        self._books = books
+        self._headers = headers
+        self.id = id
+        self.principal = principal
+        self.grant = grant
+        self.tally = tally
+        self._price: Price = FREE
+        self._entry: Entry | None = None
+        self._reserved = False
+        self._sent = self._checked = 0
+
+    def check_model(self, pool: ModelPool, name: str) -> None:
+        """Raises PermissionDenied for a model that the key, or its token, may not use."""
+        allowed = self.principal.models
+        if allowed is not None and name not in allowed and pool.name not in allowed:
+            message = f"This key may not use the model {name}."
+            raise PermissionDenied(message, param="model", code="model_not_allowed")
+
+    def limit(self, wanted: int | None) -> int | None:
+        """Most tokens of each answer: what was asked for, as far as a temporary token allows it."""
+        cap = self.principal.max_tokens
+        return wanted if cap is None else cap if wanted is None else min(wanted, cap)
+
+    async def reserve(self, pool: ModelPool, prompt: int, limit: int | None, answers: int = 1) -> None:
+        """Reserve what `answers` answers of up to `limit` tokens to a prompt of so many tokens may use.
+
+        Raises what the limits raise; then it has cost nothing.
+        """
+        self._price = self._books.prices.find(pool.name)
+        answer = self._books.limiter.estimate(self.principal, pool.index, prompt, limit) if answers else 0
+        tokens, money = prompt + answer * answers, self._price.of(prompt, 0, answer * answers)
+        try:
+            await self.grant.reserve(pool.index, tokens, money)
+        except OverLimit as error:
+            self._headers += rate_headers(None, error.tokens)
+            raise
+        self._headers += rate_headers(None, self.grant.tokens)
+        self._reserved = True
+
+    async def dispatch(self, replica: int) -> None:
+        """Write down that replica number `replica` is about to work for it. Raises LedgerUnavailable."""
+        if self._entry is not None:  # another of its choices
+            return
+        entry = self._admit()
+        entry.dispatched(replica, self._ms())
+        await self._books.journal.synced()
+
+    def progress(self) -> None:
+        """What was made so far counts, whatever happens now."""
+        if self._entry is None:
+            return
+        tally = self.tally
+        if tally.first:
+            self._entry.first_token(int((tally.first - tally.start) * 1000))
+        self._entry.made(
+            tally.prompt_tokens, tally.cached_tokens, tally.completion_tokens, tally.reasoning_tokens
+        )
+        if tally.completion_tokens >= self._checked + OFTEN:
+            self._checked = tally.completion_tokens
+            self.grant.use(*self._used())
+
+    def written(self) -> None:
+        """All that was made so far has been written to the client."""
+        if self._entry is not None:
+            self._entry.sent(self.tally.completion_tokens - self._sent)
+            self._sent = self.tally.completion_tokens
+
+    def settle(self, *, cancelled: str | None = None) -> None:
+        """The end. `cancelled`: "client" or "shutdown", if that is what ended it.
+
+        The status and the error are the tally's.
+        """
+        tally = self.tally
+        entry, self._entry = self._entry, None
+        if entry is None and (not self._reserved or tally.status in REFUSALS or _is_refusal(tally.error)):
+            self._refused()
+            return
+        self._entry = entry or self._late()
+        if self._entry is None:
+            self.grant.give_back()
+            return
+        self.progress()
+        self._entry.settle(
+            self._outcome(cancelled),
+            tally.status,
+            self._ms(),
+            error_code=None if tally.error is None else tally.error.code or tally.error.type,
+            finish=tally.finish,
+        )
+        self._entry = None
+        self.grant.settle(*self._used())
+
+    def _refused(self) -> None:
+        error = self.tally.error
+        if isinstance(error, FREE_OF_CHARGE):
+            self.grant.give_back()
+        else:
+            self.grant.settle(0, 0)  # it was a request all the same: a wrong one, or a list of models
+        if error is not None:
+            self._books.journal.refused(self.principal.id, error.code or error.type)
+
+    def _late(self) -> Entry | None:
+        """Of a request that ended before an engine heard of it, as of a client that left the queue."""
+        try:
+            return self._admit()
+        except LedgerUnavailable:
+            return None
+
+    def _admit(self) -> Entry:
+        tally = self.tally
+        age = time.monotonic() - tally.start
+        self._entry = self._books.journal.admit(
+            self.id,
+            int((time.time() - age) * 1000),
+            self.principal.id,
+            self.principal.token_id,
+            tally.endpoint,
+            tally.model,
+            self._price,
+        )
+        return self._entry
+
+    def _outcome(self, cancelled: str | None) -> Outcome:
+        if cancelled is not None:
+            return "cancelled_by_client" if cancelled == "client" else "cancelled_by_shutdown"
+        if self.tally.error is None and self.tally.status < 400:
+            return "ok"
+        return "engine_lost" if isinstance(self.tally.error, LOST) else "error"
+
+    def _used(self) -> tuple[int, int]:
+        tally = self.tally
+        tokens = tally.prompt_tokens + tally.completion_tokens
+        return tokens, self._price.of(tally.prompt_tokens, tally.cached_tokens, tally.completion_tokens)
+
+    def _ms(self) -> int:
+        return int((time.monotonic() - self.tally.start) * 1000)
+
+
+def _is_refusal(error: ApiError | None) -> bool:
+    return error is not None and error.status in REFUSALS
