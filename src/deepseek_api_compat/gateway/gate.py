@@ -34,6 +34,7 @@ from deepseek_api_compat.gateway.account import Account
 from deepseek_api_compat.gateway.cors import Cors
 from deepseek_api_compat.gateway.journal import Journal
 from deepseek_api_compat.gateway.limits import Grant, Limiter, OverLimit
+from deepseek_api_compat.gateway.logs import RequestLog, log_body
 from deepseek_api_compat.gateway.metrics import Tally
 from deepseek_api_compat.gateway.public import PUBLIC
 from deepseek_api_compat.gateway.response import Headers, Responder, rate_headers, send_error
@@ -117,6 +118,17 @@ class Call:
         return BodyTooLarge(f"The request body is over {self._max_body} bytes.")
 
 
+class LoggedCall(Call):
+    """A call whose body goes to the log, as `log.bodies` asks."""
+
+    __slots__ = ()
+
+    async def body(self) -> bytes:
+        body = await super().body()
+        log_body(self.id, body)
+        return body
+
+
 Handler = Callable[[Call], Awaitable[None]]
 
 
@@ -179,6 +191,8 @@ class Gate:
         self._limiter = limiter
         self._journal = journal
         self._max_body = settings.server.max_body_bytes
+        self._call = LoggedCall if settings.log.bodies else Call
+        self._requests = RequestLog(settings.log)
         places = [((prefix + route.path).encode(), route) for route in routes for prefix in route.prefixes]
         self._exact = {path: route for path, route in places if not route.takes_rest}
         self._with_rest = [(path + b"/", route) for path, route in places if route.takes_rest]
@@ -198,7 +212,7 @@ class Gate:
         connection.handler = asyncio.current_task()
         tally = Tally("unknown", time.monotonic())
         request_id = f"req-{self._id_prefix}{next(self._ids):08x}"
-        call = Call(scope, receive, request_id, tally, self._max_body)
+        call = self._call(scope, receive, request_id, tally, self._max_body)
         cancelled = None
         try:
             await self._serve(call)
@@ -224,6 +238,7 @@ class Gate:
             await call.end_early(tally.error)
         finally:
             connection.handler = None
+            self._requests.settled(request_id, call.principal, tally, time.monotonic())
             self._settle(call, cancelled)
 
     async def _serve(self, call: Call) -> None:

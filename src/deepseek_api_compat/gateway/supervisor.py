@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import io
 import logging
 import os
 import shutil
@@ -25,7 +26,7 @@ from deepseek_api_compat.config import Settings
 from deepseek_api_compat.engines.base import EngineState
 from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.errors import SetupError
-from deepseek_api_compat.gateway import channel
+from deepseek_api_compat.gateway import channel, logs
 from deepseek_api_compat.gateway.app import local_limiter, shared_cells, slot_table
 from deepseek_api_compat.gateway.ledger import Intake
 from deepseek_api_compat.gateway.operations import Operations
@@ -39,6 +40,7 @@ from deepseek_api_compat.store.base import KeyRecord
 
 MAX_START_FAILURES = 3
 ACK_TIMEOUT = 5.0
+LOGGED_BODIES = "log.bodies is on: what users ask is written to the log, in plain text."
 logger = logging.getLogger("deepseek_api")
 
 
@@ -110,6 +112,8 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
         self._prepare_run_dir()
+        logs.configure(self._settings.log, "supervisor", io.TextIOWrapper(self._open_log(), "utf-8"))
+        logs.log_task_exceptions(loop)
         self._publish_certificate()
         self._intake.start()
         server = await self._start_control()
@@ -216,7 +220,11 @@ class Supervisor:
         key = await asyncio.to_thread(ensure_admin, self._admin)
         if key:
             await self._publish_keys()
-        self._on_ready(key, [f"{r.model}: {r.detail}" for r in self._replicas if r.detail])
+        problems = [f"{r.model}: {r.detail}" for r in self._replicas if r.detail]
+        if self._settings.log.bodies:
+            logger.warning("%s", LOGGED_BODIES)
+            problems.append(LOGGED_BODIES)
+        self._on_ready(key, problems)
 
     # Workers
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import logging
 import math
 import os
 import socket
@@ -22,7 +21,7 @@ import uvloop
 from deepseek_api_compat.config import ServerSettings
 from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.engines.lifeline import die_with_parent
-from deepseek_api_compat.gateway import channel
+from deepseek_api_compat.gateway import channel, logs
 from deepseek_api_compat.gateway.app import Application, shared_cells
 from deepseek_api_compat.gateway.http import HttpProtocol, sweep
 from deepseek_api_compat.gateway.shared import SharedMemory
@@ -74,10 +73,8 @@ async def serve(args: argparse.Namespace) -> None:
     hello = await incoming.__anext__()
     assert isinstance(hello, channel.Hello)
     settings = hello.settings
-    logging.basicConfig(
-        level=settings.log.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
+    logs.configure(settings.log, f"worker {hello.worker}", sys.stderr)
+    logs.log_task_exceptions(asyncio.get_running_loop())
     master = bytes.fromhex(hello.master)
     questions = channel.Questions(lambda message: writer.write(channel.encode(message)))
     application = Application(
@@ -140,6 +137,7 @@ def main() -> int:
     parser.add_argument("--wake-fds", required=True)
     args = parser.parse_args()
     die_with_parent(args.lifeline)
+    logs.log_every_exception()
     uvloop.run(serve(args))
     return 0
 
