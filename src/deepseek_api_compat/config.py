@@ -44,6 +44,7 @@ class ServerSettings(Section, frozen=True):
     data_dir: str = "~/.local/share/deepseek-api"
     tls_cert: str | None = None
     tls_key: str | None = None
+    tls_dev: bool = False
     require_tls: bool = False
     public_url: str | None = None
     max_body_bytes: int = 32 * 1024 * 1024
@@ -293,7 +294,11 @@ def _check(settings: Settings) -> None:
         (1 <= server.workers <= 64, "server.workers must be between 1 and 64"),
         (bool(server.tls_cert) == bool(server.tls_key), "server.tls_cert and server.tls_key go together"),
         (
-            bool(server.tls_cert) or not server.require_tls or server.host in LOOPBACK,
+            not (server.tls_dev and server.tls_cert),
+            "server.tls_dev makes a certificate itself: leave out tls_cert and tls_key",
+        ),
+        (
+            bool(server.tls_cert) or server.tls_dev or not server.require_tls or server.host in LOOPBACK,
             f"server.require_tls forbids plain text on {server.host}: give tls_cert and tls_key",
         ),
         (server.max_body_bytes >= 1024, "server.max_body_bytes must be at least 1024"),

@@ -6,8 +6,9 @@ import argparse
 import asyncio
 import os
 import resource
-import socket
+import shlex
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepseek_api_compat import __version__
@@ -42,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, host: str | None) -> None:
     add("--public-url", metavar="URL", help="the address to show, where it differs from host and port")
     add("--tls-cert", metavar="FILE", help="certificate chain; then only TLS 1.3 is spoken")
     add("--tls-key", metavar="FILE", help="private key of the certificate")
+    add(
+        "--tls-dev",
+        action="store_true",
+        default=None,
+        help="make a self-signed certificate, for development, and say how to trust it",
+    )
     parser.set_defaults(run=run)
 
 
@@ -52,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from deepseek_api_compat.security.admin import open_admin
     from deepseek_api_compat.store.datadir import make_data_dir
 
-    names = ("host", "port", "workers", "data_dir", "public_url", "tls_cert", "tls_key")
+    names = ("host", "port", "workers", "data_dir", "public_url", "tls_cert", "tls_key", "tls_dev")
     settings = config.load(args.config, flags={"server": {name: getattr(args, name) for name in names}})
     config.check_files(settings)
     check_formats(settings)
@@ -62,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     listeners = bind(settings.server.host, settings.server.port, settings.server.workers)
     make_data_dir(settings.data_dir)
     lock = supervisor.lock_data_dir(settings.data_dir)
+    settings = with_certificate(settings)
     check_embedded(settings, args.model_path)
     settings = with_models(settings, args.model_path)
     admin = open_admin(settings.data_dir)
@@ -109,6 +117,22 @@ def check_network(settings: Settings) -> None:
             networks(getattr(settings.network, name))
         except ValueError as error:
             raise ConfigError(f"Configuration: network.{name}: {error}") from None
+
+
+def with_certificate(settings: Settings) -> Settings:
+    """Settings whose certificate, if they have one, can be used. Raises SetupError."""
+    import msgspec
+
+    from deepseek_api_compat.security import certificates
+
+    server = settings.server
+    if server.tls_dev:
+        place = certificates.development_place(settings.data_dir)
+        cert, key = certificates.development_certificate(place, certificates.development_names(server))
+        server = msgspec.structs.replace(server, tls_cert=str(cert), tls_key=str(key))
+    if server.tls_cert is not None:
+        certificates.tls_context(server.tls_cert, server.tls_key)
+    return msgspec.structs.replace(settings, server=server)
 
 
 def check_embedded(settings: Settings, model_path: str | None) -> None:
@@ -161,6 +185,7 @@ def with_models(settings: Settings, model_path: str | None) -> Settings:
 def announce(settings: Settings, address: tuple[str, int], key: str | None, problems: list[str]) -> None:
     """What a newcomer needs to make the first call."""
     from deepseek_api_compat.config import DEFAULT_MODEL
+    from deepseek_api_compat.security.certificates import fingerprint, own_address
 
     host, port = address
     scheme = "https" if settings.server.tls_cert else "http"
@@ -177,6 +202,10 @@ def announce(settings: Settings, address: tuple[str, int], key: str | None, prob
             )
     lines.append(f"  local     {local}/v1")
     lines.append(f"  network   {public + '/v1' if public else 'not opened; --host 0.0.0.0 opens it'}")
+    if settings.server.tls_dev and (cert := settings.server.tls_cert):
+        lines.append(f"  TLS       for development: {cert}")
+        lines.append(f"            SHA-256 {fingerprint(Path(cert).read_bytes())}")
+        lines.append("            signed by itself: clients must be told to trust this file")
     if key:
         lines.append(f"  API key   {key}")
         lines.append(
@@ -189,16 +218,21 @@ def announce(settings: Settings, address: tuple[str, int], key: str | None, prob
         "",
         "Try it:",
         "",
-        curl(f"{public or local}", key or "$DEEPSEEK_API_KEY", settings.models[0].name),
+        curl(
+            f"{public or local}",
+            key or "$DEEPSEEK_API_KEY",
+            settings.models[0].name,
+            settings.server.tls_cert if settings.server.tls_dev else None,
+        ),
         "",
     ]
     print("\n".join(lines), flush=True)
 
 
-def curl(url: str, key: str, model: str) -> str:
+def curl(url: str, key: str, model: str, trust: str | None = None) -> str:
     question = '[{"role": "user", "content": "What is the capital of France?"}]'
     return (
-        f"curl {url}/v1/chat/completions \\\n"
+        f"curl {f'--cacert {shlex.quote(trust)} ' if trust else ''}{url}/v1/chat/completions \\\n"
         '  -H "Content-Type: application/json" \\\n'
         f'  -H "Authorization: Bearer {key}" \\\n'
         f'  -d \'{{"model": "{model}", "messages": {question}}}\''
@@ -207,13 +241,3 @@ def curl(url: str, key: str, model: str) -> str:
 
 def bracket(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def own_address() -> str:
-    """This machine's address as others see it, from its routing table; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostname()

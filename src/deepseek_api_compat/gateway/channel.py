@@ -62,6 +62,10 @@ class Engines(Message, frozen=True):
     engines: list[EngineState]
 
 
+class Certificate(Message, frozen=True):
+    """Another certificate was published, for connections that begin now."""
+
+
 class Drain(Message, frozen=True):
     """Finish the requests in flight, take no new ones, exit."""
 
@@ -100,7 +104,7 @@ class Answer(Message, frozen=True):
 
 
 AnyMessage = Union[  # noqa: UP007 - evaluated on Python 3.10
-    Hello, Keys, Engines, Drain, Started, Acknowledged, Ask, Answer
+    Hello, Keys, Engines, Certificate, Drain, Started, Acknowledged, Ask, Answer
 ]
 
 _encoder = msgspec.json.Encoder()

@@ -20,8 +20,8 @@ import uvicorn
 import uvloop
 
 from deepseek_api_compat.config import ServerSettings
-from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.engines.lifeline import die_with_parent
+from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.gateway import channel, logs
 from deepseek_api_compat.gateway.app import Application, shared_cells
 from deepseek_api_compat.gateway.http import HttpProtocol, sweep
