@@ -179,7 +179,7 @@ def settled(status: int, seconds: float, first: float = 0.0, **settings: Any) ->
     tally = Tally("/chat/completions", 100.0)
     tally.model, tally.status, tally.prompt_tokens = "tiny", status, 7
     tally.first = 100.0 + first if first else 0.0
-    RequestLog(LogSettings(**settings)).settled("req-1", PRINCIPAL, tally, 100.0 + seconds)
+    RequestLog(LogSettings(**settings)).settled("req-1", PRINCIPAL, tally, None, 100.0 + seconds)
     return lines(stream)
 
 
@@ -196,6 +196,8 @@ def test_every_request_has_a_line_if_wanted() -> None:
         "endpoint": "/chat/completions",
         "model": "tiny",
         "status": 200,
+        "outcome": "ok",
+        "error": None,
         "ms": 1500,
         "ttft_ms": 250,
         "prompt_tokens": 7,

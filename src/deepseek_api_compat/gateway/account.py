@@ -152,7 +152,7 @@ class Account:
             return
         self.progress()
         self._entry.settle(
-            self._outcome(cancelled),
+            outcome_of(tally, cancelled),
             tally.status,
             self._ms(),
             error_code=None if tally.error is None else tally.error.code or tally.error.type,
@@ -191,13 +191,6 @@ class Account:
         )
         return self._entry
 
-    def _outcome(self, cancelled: str | None) -> Outcome:
-        if cancelled is not None:
-            return "cancelled_by_client" if cancelled == "client" else "cancelled_by_shutdown"
-        if self.tally.error is None and self.tally.status < 400:
-            return "ok"
-        return "engine_lost" if isinstance(self.tally.error, LOST) else "error"
-
     def _used(self) -> tuple[int, int]:
         tally = self.tally
         tokens = tally.prompt_tokens + tally.completion_tokens
@@ -205,6 +198,15 @@ class Account:
 
     def _ms(self) -> int:
         return int((time.monotonic() - self.tally.start) * 1000)
+
+
+def outcome_of(tally: Tally, cancelled: str | None) -> Outcome:
+    """How a request ended. `cancelled`: "client" or "shutdown", if that is what ended it."""
+    if cancelled is not None:
+        return "cancelled_by_client" if cancelled == "client" else "cancelled_by_shutdown"
+    if tally.error is None and tally.status < 400:
+        return "ok"
+    return "engine_lost" if isinstance(tally.error, LOST) else "error"
 
 
 def _is_refusal(error: ApiError | None) -> bool:

@@ -238,7 +238,7 @@ class Gate:
             await call.end_early(tally.error)
         finally:
             connection.handler = None
-            self._requests.settled(request_id, call.principal, tally, time.monotonic())
+            self._requests.settled(request_id, call.principal, tally, cancelled, time.monotonic())
             self._settle(call, cancelled)
 
     async def _serve(self, call: Call) -> None:

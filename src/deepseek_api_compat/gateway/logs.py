@@ -21,6 +21,7 @@ from typing import IO, Any
 import msgspec
 
 from deepseek_api_compat.config import LogSettings
+from deepseek_api_compat.gateway.account import outcome_of
 from deepseek_api_compat.gateway.metrics import Tally
 from deepseek_api_compat.security.keys import Principal
 
@@ -155,8 +156,10 @@ class RequestLog:
         self._slow = 0.0 if settings.requests else settings.slow_seconds or float("inf")
         self._all = settings.requests
 
-    def settled(self, request_id: str, principal: Principal | None, tally: Tally, now: float) -> None:
-        """The request is over; `now` on the clock of `tally.start`."""
+    def settled(
+        self, request_id: str, principal: Principal | None, tally: Tally, cancelled: str | None, now: float
+    ) -> None:
+        """The request is over; `cancelled` is what `outcome_of` takes, `now` on the clock of `tally.start`."""
         if tally.status < 500 and (tally.first or now) - tally.start < self._slow:
             return
         message, level = "request", logging.INFO
@@ -164,10 +167,13 @@ class RequestLog:
             message, level = "request failed", logging.WARNING
         elif not self._all:
             message, level = "request was slow", logging.WARNING
-        logger.log(level, message, extra={"fields": _of_request(request_id, principal, tally, now)})
+        logger.log(level, message, extra={"fields": _of_request(request_id, principal, tally, cancelled, now)})
 
 
-def _of_request(request_id: str, principal: Principal | None, tally: Tally, now: float) -> dict[str, Any]:
+def _of_request(
+    request_id: str, principal: Principal | None, tally: Tally, cancelled: str | None, now: float
+) -> dict[str, Any]:
+    error = tally.error
     return {
         "request_id": request_id,
         "key_id": principal.id if principal else None,
@@ -175,6 +181,8 @@ def _of_request(request_id: str, principal: Principal | None, tally: Tally, now:
         "endpoint": tally.endpoint,
         "model": tally.model or None,
         "status": tally.status,
+        "outcome": outcome_of(tally, cancelled),
+        "error": (error.code or error.type) if error else None,
         "ms": round((now - tally.start) * 1000),
         "ttft_ms": round((tally.first - tally.start) * 1000) if tally.first else None,
         "prompt_tokens": tally.prompt_tokens,
