@@ -40,7 +40,7 @@ from deepseek_api_compat.gateway.limits import (
     worst,
 )
 from deepseek_api_compat.gateway.shared import SharedMemory
-from deepseek_api_compat.gateway.windows import HEAD, TAIL, TOTAL, Window, Windows
+from deepseek_api_compat.gateway.windows import FREED, HEAD, TAIL, TOTAL, Window, Windows
 from deepseek_api_compat.security.keys import Principal
 
 # An account's counters. LIFE counts the keys that had this slot: what an earlier one began is not billed
@@ -138,7 +138,8 @@ class LocalLimiter:
             self._ints[cell] = 0
         for place in WINDOWS:
             ring = base + place
-            self._ints[ring + HEAD] = self._ints[ring + TAIL] = self._ints[ring + TOTAL] = 0
+            for cell in (ring + HEAD, ring + TAIL, ring + TOTAL, ring + FREED):
+                self._ints[cell] = 0
         self._ints[base + LIFE] = life
         self._unlock(number)
 

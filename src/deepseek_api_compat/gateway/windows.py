@@ -5,9 +5,14 @@ span, so that no `span` seconds ever hold more than the limit. Up to EXACT, each
 own. Beyond that, neighbours share one: at most 2 / ENTRIES of the limit and of the span, which is what may
 leave too late. So an overloaded window admits between 99.2 % and 100 % of its limit.
 
+A low rate would lose more to the time between a place that becomes free and the request that takes it. So a
+request which found the window full before counts from when its place became free, but at most span / limit
+back. That makes up to one more than the limit in a span, and none more from the start on.
+
     head, tail       entries head .. tail - 1 are alive, at position modulo ENTRIES
     total            sum of their amounts
     opened           time of the first amount in the newest entry (float)
+    freed            time at which a full window got room that nobody took yet, or 0 (float)
     ENTRIES x time   of the last amount in the entry (float)
     ENTRIES x amount
 
@@ -24,7 +29,7 @@ from deepseek_api_compat.gateway.shared import SharedMemory
 
 ENTRIES = 256  # a power of two
 EXACT = ENTRIES // 2
-HEAD, TAIL, TOTAL, OPENED, TIMES = range(5)
+HEAD, TAIL, TOTAL, OPENED, FREED, TIMES = range(6)
 AMOUNTS = TIMES + ENTRIES
 CELLS = AMOUNTS + ENTRIES
 _MASK = ENTRIES - 1
@@ -36,7 +41,7 @@ class Window(msgspec.Struct, frozen=True):
 
     `place` is the ring's first cell, counted from that of its account; `code`, `rate` and `unit` ("requests
     per second") are for the refusal. An entry takes neighbours until it holds `shared` or is `apart` seconds
-    old.
+    old; `credit` is how many seconds a request may count back.
     """
 
     place: int
@@ -47,11 +52,12 @@ class Window(msgspec.Struct, frozen=True):
     rate: float
     shared: int
     apart: float
+    credit: float
 
 
 def window(place: int, limit: int, span: float, code: str, unit: str, rate: float) -> Window:
-    shared = 1 if limit <= EXACT else 2 * limit // ENTRIES
-    return Window(place, limit, span, code, unit, rate, shared, span * (2 / ENTRIES))
+    shared, credit = (1, span / limit) if limit <= EXACT else (2 * limit // ENTRIES, 0.0)
+    return Window(place, limit, span, code, unit, rate, shared, span * (2 / ENTRIES), credit)
 
 
 class Windows:
@@ -72,6 +78,8 @@ class Windows:
             held = ints[cell + ENTRIES]
             if held and floats[cell] > before:
                 break
+            if held and total >= window.limit:
+                floats[base + FREED] = floats[cell] + span
             total -= held
             head += 1
         if head != first:
@@ -94,6 +102,8 @@ class Windows:
             return -1
         if window.shared > 1 or tail - head >= ENTRIES:
             return self.add(base, window, 1, now)
+        if floats[base + FREED]:
+            now = self._since_freed(base, window, now)
         ints[base + TOTAL] = total + 1
         cell = base + TIMES + (tail & _MASK)
         floats[cell] = now
@@ -105,6 +115,8 @@ class Windows:
         """Count `amount`, whether it fits or not. Returns the entry, for `correct`."""
         ints, floats = self._ints, self._floats
         head, tail = ints[base], ints[base + TAIL]
+        if floats[base + FREED]:
+            now = self._since_freed(base, window, now)
         ints[base + TOTAL] += amount
         if tail > head and self._joins(base, window, head, tail, now):
             cell = base + TIMES + (tail - 1 & _MASK)
@@ -138,6 +150,12 @@ class Windows:
         if head == tail:
             return 0.0
         return max(0.0, self._floats[base + TIMES + (tail - 1 & _MASK)] + window.span - now)
+
+    def _since_freed(self, base: int, window: Window, now: float) -> float:
+        """When a request counts that takes the place of one which left."""
+        freed = self._floats[base + FREED]
+        self._floats[base + FREED] = 0.0
+        return max(freed, now - window.credit)
 
     def _until_left(self, base: int, over: int) -> float:
         """Time of the entry with which `over` will have left."""
