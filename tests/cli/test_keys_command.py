@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import socketserver
 import subprocess
@@ -334,3 +335,17 @@ def test_the_data_directory_may_come_from_the_configuration(
     assert args.run(args) == 0
     assert capsys.readouterr().out.startswith("DSK-")
     assert (tmp_path / "elsewhere" / "deepseek.db").exists()
+
+
+def test_audit_shows_what_was_done_newest_first(run: Run) -> None:
+    run("create", "alice", "--quiet")
+    run("update", "alice", "--budget", "2.5")
+    run("delete", "alice")
+    heading, *entries = run("audit").splitlines()
+    assert heading.split()[:3] == ["TIME", "BY", "WHAT"]
+    done = [re.split("  +", entry)[2] for entry in entries]
+    assert done == ["keys.delete", "keys.update", "keys.create"]
+    assert f"user {os.getuid()}" in entries[0]
+    assert entries[1].endswith('alice {"budget": "2.5"}')
+    [newest] = json.loads(run("audit", "--json", "--limit", "1"))
+    assert (newest["op"], newest["key_name"]) == ("keys.delete", "alice")

@@ -181,3 +181,11 @@ def test_it_ends_with_its_input(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
     process.stdin.close()
     assert process.wait(5) == 0
+
+
+def test_what_ends_it_quotes_nothing() -> None:
+    """Its messages go into the gateway's log."""
+    question = frame(json.dumps({"canary": "prompt"}).encode())
+    done = subprocess.run([sys.executable, "-m", PROGRAM], input=question, capture_output=True, timeout=20)
+    assert done.returncode == 1
+    assert done.stderr == b"The process that renders templates ended: KeyError.\n"

@@ -67,6 +67,10 @@ def add_parser(subparsers: SubParsers) -> None:
     token.add_argument("--max-tokens", metavar="N", type=int, help="at most so many tokens an answer")
     token.add_argument("--json", action="store_true", help='print {"token", "token_id", "expires"}')
 
+    audit = _command(commands, "audit", _audit, "show what was done to keys, when and by whom, newest first")
+    audit.add_argument("--limit", metavar="N", type=int, default=100, help="how many entries (100)")
+    audit.add_argument("--json", action="store_true", help="print a JSON array")
+
     backup = _command(commands, "backup", _backup, "copy the keys and their master key to a new directory")
     backup.add_argument("to", metavar="DIR", type=Path, help="a directory that is empty or not there yet")
 
@@ -183,6 +187,20 @@ def _token(args: argparse.Namespace) -> int:
     scope = {"models": args.models, "networks": args.allow, "max_tokens": args.max_tokens}
     made = _call(args, "keys.token", key=args.key, expires_in=args.expires_in, **scope)
     print(json.dumps(made) if args.json else made["token"])
+    return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    entries = _call(args, "keys.audit", limit=args.limit)
+    if args.json:
+        print(json.dumps(entries))
+        return 0
+    row = "{:<20}  {:<16}  {:<16}  {:<12}  {}"
+    print(row.format("TIME", "BY", "WHAT", "KEY", "NAME AND CHANGES"))
+    for entry in entries:
+        by = f"{entry['actor']['kind']} {entry['actor']['id']}"
+        changes = f"{entry['key_name']} {json.dumps(entry['changes'], ensure_ascii=False)}"
+        print(row.format(_time(entry["at"] // 1000), by, entry["op"], entry["key_id"], changes))
     return 0
 
 

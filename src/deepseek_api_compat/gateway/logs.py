@@ -159,7 +159,7 @@ class RequestLog:
     def settled(
         self, request_id: str, principal: Principal | None, tally: Tally, cancelled: str | None, now: float
     ) -> None:
-        """The request is over; `cancelled` is what `outcome_of` takes, `now` on the clock of `tally.start`."""
+        """The request is over; `cancelled` is what `outcome_of` takes, `now` as `tally.start`."""
         if tally.status < 500 and (tally.first or now) - tally.start < self._slow:
             return
         message, level = "request", logging.INFO
@@ -167,7 +167,8 @@ class RequestLog:
             message, level = "request failed", logging.WARNING
         elif not self._all:
             message, level = "request was slow", logging.WARNING
-        logger.log(level, message, extra={"fields": _of_request(request_id, principal, tally, cancelled, now)})
+        fields = _of_request(request_id, principal, tally, cancelled, now)
+        logger.log(level, message, extra={"fields": fields})
 
 
 def _of_request(

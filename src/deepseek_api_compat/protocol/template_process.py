@@ -197,8 +197,14 @@ def _import_all(renderer: Renderer) -> None:
     _strftime_now("%c")
 
 
+def _without_message(kind: type[BaseException], *_: object) -> None:
+    """What ends this process goes into a log, and its message may quote a prompt."""
+    print(f"The process that renders templates ended: {kind.__name__}.", file=sys.stderr)
+
+
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, which closes standard input
+    sys.excepthook = _without_message
     os.environ.clear()  # nothing to find even for a template that gets out of the sandbox
     os.closerange(3, MOST_DESCRIPTORS)
     renderer = Renderer()
