@@ -23,9 +23,10 @@ from deepseek_api_compat.errors import (
     PermissionDenied,
     RateLimited,
 )
+from deepseek_api_compat.gateway.intake_state import IntakeState
 from deepseek_api_compat.gateway.journal import Entry, Journal
 from deepseek_api_compat.gateway.limits import Grant, Limiter, OverLimit
-from deepseek_api_compat.gateway.metrics import Tally
+from deepseek_api_compat.gateway.metrics import UNRECORDED, Tally
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.prices import FREE, Price, Prices
 from deepseek_api_compat.gateway.response import Headers, rate_headers
@@ -40,12 +41,23 @@ OFTEN = 64  # tokens after which the limits hear how many there are
 
 
 class Books:
-    """What accounts are kept with; one for each worker."""
+    """What accounts are kept with; one for each worker. `intake` is what the supervisor said last."""
 
     def __init__(self, limiter: Limiter, journal: Journal, prices: Prices) -> None:
         self.limiter = limiter
         self.journal = journal
         self.prices = prices
+        self.intake = IntakeState()
+
+    @property
+    def problem(self) -> str | None:
+        """What keeps requests from being written down, or from getting into the ledger; None: nothing."""
+        return self.journal.problem or self.intake.problem
+
+    @property
+    def refuses(self) -> bool:
+        """Are requests refused because they can't be written down?"""
+        return self.journal.refuses
 
 
 class Account:
@@ -180,7 +192,9 @@ class Account:
     def _admit(self) -> Entry:
         tally = self.tally
         age = time.monotonic() - tally.start
-        self._entry = self._books.journal.admit(
+        journal = self._books.journal
+        unrecorded = journal.unrecorded
+        self._entry = journal.admit(
             self.id,
             int((time.time() - age) * 1000),
             self.principal.id,
@@ -189,6 +203,8 @@ class Account:
             tally.model,
             self._price,
         )
+        if journal.unrecorded != unrecorded:
+            UNRECORDED.inc()
         return self._entry
 
     def _used(self) -> tuple[int, int]:

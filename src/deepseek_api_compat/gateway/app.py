@@ -84,8 +84,8 @@ class Application:
         currency = settings.ledger.currency
         usage, admin = UsageApi(ask, currency), AdminApi(ask, currency)
         self.journal = Journal(settings.data_dir / JOURNALS, worker, settings.ledger)
-        books = Books(limiter, self.journal, Prices(settings.prices))
-        api = Api(directory, chat, books, usage, admin, self.pulse, settings)
+        self.books = Books(limiter, self.journal, Prices(settings.prices))
+        api = Api(directory, chat, self.books, usage, admin, self.pulse, settings)
         self.gate = Gate(api.routes(), keys, limiter, self.journal, settings)
         self._tasks: set[asyncio.Task[None]] = set()
 

@@ -25,6 +25,7 @@ from deepseek_api_compat.errors import (
     SetupError,
     WrongValue,
 )
+from deepseek_api_compat.gateway.intake_state import IntakeState
 from deepseek_api_compat.store.audit import Actor
 from deepseek_api_compat.store.base import KeyRecord
 
@@ -60,6 +61,12 @@ class Engines(Message, frozen=True):
     """The state of all replicas as it is now."""
 
     engines: list[EngineState]
+
+
+class Intake(Message, frozen=True):
+    """How the ledger's intake is doing, whenever that changes."""
+
+    state: IntakeState
 
 
 class Certificate(Message, frozen=True):
@@ -104,7 +111,7 @@ class Answer(Message, frozen=True):
 
 
 AnyMessage = Union[  # noqa: UP007 - evaluated on Python 3.10
-    Hello, Keys, Engines, Certificate, Drain, Started, Acknowledged, Ask, Answer
+    Hello, Keys, Engines, Intake, Certificate, Drain, Started, Acknowledged, Ask, Answer
 ]
 
 _encoder = msgspec.json.Encoder()

@@ -193,6 +193,10 @@ class Journal:
     def problem(self) -> str | None:
         return self._no_room or self._no_disk
 
+    @property
+    def refuses(self) -> bool:
+        return self.problem is not None and self._settings.when_unavailable == "refuse"
+
     def admit(
         self,
         request_id: str,

@@ -21,6 +21,7 @@ import msgspec
 
 from deepseek_api_compat.config import LedgerSettings
 from deepseek_api_compat.errors import SetupError
+from deepseek_api_compat.gateway.intake_state import IntakeState
 from deepseek_api_compat.gateway.journal import Admission, Refusal, plausible
 from deepseek_api_compat.gateway.journal_files import (
     CACHED,
@@ -51,20 +52,6 @@ logger = logging.getLogger("deepseek_api")
 
 _record = msgspec.msgpack.Decoder(LedgerRow | Refusals)
 _live = msgspec.msgpack.Decoder(Admission | Refusal)
-
-
-class IntakeState(msgspec.Struct, frozen=True):
-    """How the intake is doing.
-
-    lag_seconds: since when nothing could be taken in; 0 if the last round took in everything.
-    pending: bytes of journals that may still have to be taken in, at most. damaged: places in journals that
-    could not be read since the start. problem: a sentence, or None.
-    """
-
-    lag_seconds: float = 0.0
-    pending: int = 0
-    damaged: int = 0
-    problem: str | None = None
 
 
 class Intake:

@@ -50,6 +50,11 @@ CLIENT_GONE = Counter(
     ["endpoint"],
     registry=_registry,
 )
+UNRECORDED = Counter(
+    "deepseek_ledger_unrecorded",
+    "Requests served without a row in the ledger, for there was no room to write them down.",
+    registry=_registry,
+)
 REFUSED = Counter(
     "deepseek_refusals",
     "Requests refused before they reached a model, by code.",
@@ -81,11 +86,27 @@ class PoolCollector:
         return [slots, queue, up]
 
 
-def exposition(pools: list[ModelPool]) -> bytes:
+class LedgerCollector:
+    """Gauges of the ledger's intake."""
+
+    def __init__(self, *, problem: bool, lag: float, pending: int, damaged: int) -> None:
+        self._gauges = (
+            ("deepseek_ledger_up", "1 while all requests get into the ledger.", float(not problem)),
+            ("deepseek_ledger_lag_seconds", "Since when nothing could be taken in.", lag),
+            ("deepseek_ledger_pending_bytes", "Journals that are not taken in yet.", float(pending)),
+            ("deepseek_ledger_damaged", "Places in journals that could not be read.", float(damaged)),
+        )
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        return [GaugeMetricFamily(name, text, value=value) for name, text, value in self._gauges]
+
+
+def exposition(pools: list[ModelPool], ledger: LedgerCollector) -> bytes:
     """The Prometheus text format. Reads files: not for the event loop."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     registry.register(PoolCollector(pools))
+    registry.register(ledger)
     return generate_latest(registry)
 
 

@@ -12,7 +12,13 @@ import msgspec
 
 from deepseek_api_compat import __version__
 from deepseek_api_compat.config import Settings
-from deepseek_api_compat.errors import ApiError, EngineUnavailable, InvalidRequest, ModelNotFound
+from deepseek_api_compat.errors import (
+    ApiError,
+    EngineUnavailable,
+    InvalidRequest,
+    LedgerUnavailable,
+    ModelNotFound,
+)
 from deepseek_api_compat.gateway import metrics, openapi
 from deepseek_api_compat.gateway.account import Account, Books
 from deepseek_api_compat.gateway.admin import AdminApi
@@ -269,7 +275,13 @@ class Api:
         await self._json(call, self._openapi)
 
     async def metrics(self, call: Call) -> None:
-        text = await asyncio.to_thread(metrics.exposition, self._directory.pools)
+        ledger = metrics.LedgerCollector(
+            problem=self._books.problem is not None,
+            lag=self._books.intake.lag_seconds,
+            pending=self._books.intake.pending,
+            damaged=self._books.intake.damaged,
+        )
+        text = await asyncio.to_thread(metrics.exposition, self._directory.pools, ledger)
         call.tally.status = 200
         kind = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
         await call.out.whole(200, [*call.headers, kind], text)
@@ -284,7 +296,13 @@ class Api:
             problem = EngineUnavailable(f"No engine is ready: {', '.join(missing)}.", retry_after=1.0)
             await send_error(call.out, problem, call.headers)
             return
-        await self._json(call, {"status": "ready", "not_ready": missing})
+        if self._books.refuses:
+            call.tally.status = 503
+            refusal = LedgerUnavailable(self._books.problem or "", retry_after=5.0)
+            await send_error(call.out, refusal, call.headers)
+            return
+        problems = [self._books.problem] if self._books.problem else []
+        await self._json(call, {"status": "ready", "not_ready": missing, "problems": problems})
 
     async def version(self, call: Call) -> None:
         await self._json(call, {"version": __version__})

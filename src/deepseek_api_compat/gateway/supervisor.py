@@ -122,6 +122,7 @@ class Supervisor:
         await self._load_limits()
         self._replicas = replicas_of(self._settings, self._lifeline, self._on_replica_change)
         keepers = [self._own(self._keep_worker(worker)) for worker in self._workers]
+        self._own(self._tell_of_intake())
         await asyncio.gather(*(replica.start() for replica in self._replicas))
         await self._stopping.wait()
         await self._drain(keepers)
@@ -133,6 +134,16 @@ class Supervisor:
         await asyncio.gather(*self._owned)
         if self._failure:
             raise SetupError(self._failure)
+
+    async def _tell_of_intake(self) -> None:
+        """Workers say at /ready and /metrics how the ledger is doing."""
+        told = self._intake.state
+        while not self._stopping.is_set():
+            await asyncio.sleep(1.0)
+            if self._intake.state != told:
+                told = self._intake.state
+                for worker in self._workers:
+                    worker.send(channel.Intake(told))
 
     async def _load_limits(self) -> None:
         """What keys have used before this start counts against their budgets and days."""
@@ -309,6 +320,7 @@ class Supervisor:
                 worker.started.set()
                 # What changed between Hello and now.
                 worker.send(channel.Engines(self._engine_states()))
+                worker.send(channel.Intake(self._intake.state))
                 if worker.acknowledged != self._keys_version:
                     worker.send(channel.Keys(self._keys_version, self._keys))
                 self._check_ready()

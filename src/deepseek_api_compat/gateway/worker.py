@@ -105,6 +105,8 @@ async def serve(args: argparse.Namespace) -> None:
                 questions.answered(message)
             elif isinstance(message, channel.Engines):
                 application.use_engines(message.engines)
+            elif isinstance(message, channel.Intake):
+                application.books.intake = message.state
             elif isinstance(message, channel.Certificate) and certificate is not None:
                 await renew(certificate)
             elif isinstance(message, channel.Drain):
