@@ -68,9 +68,7 @@ class Service:
     def workers(self) -> list[int]:
         """Process ids of the gateway workers."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [
-            int(pid) for pid in children if b"gateway.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        return [int(pid) for pid in children if b"gateway.worker" in _command_line(pid)]
 
     def stop(self, number: signal.Signals = signal.SIGINT, timeout: float = 60.0) -> int:
         """Ask it to leave; returns the exit code."""
@@ -95,6 +93,13 @@ class Service:
             if line.startswith("  -d '"):  # the last line of the example call
                 self._ready.set()
         self._ready.set()
+
+
+def _command_line(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return b""
 
 
 def eventually(condition: Any, timeout: float = 10.0, what: str = "the condition") -> Any:
