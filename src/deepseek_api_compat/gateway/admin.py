@@ -14,6 +14,7 @@ from deepseek_api_compat.errors import (
 )
 from deepseek_api_compat.gateway.gate import Call, Handler, Route
 from deepseek_api_compat.gateway.query import MAX_PAGE, Query, moment, number, one_of, text
+from deepseek_api_compat.gateway.response import NOSNIFF
 from deepseek_api_compat.gateway.usage import (
     NO_STORE,
     AskFor,
@@ -127,7 +128,7 @@ class AdminApi:
             return
         call.tally.status = 200
         kind = b"content-type: text/csv; charset=utf-8\r\n"
-        await call.out.whole(200, [*call.headers, NO_STORE, kind], usage_csv(answer))
+        await call.out.whole(200, [*call.headers, NO_STORE, NOSNIFF, kind], usage_csv(answer))
 
     async def requests(self, call: Call) -> None:
         """Rows of the ledger, newest first, a page at a time."""

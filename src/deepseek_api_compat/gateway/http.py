@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from deepseek_api_compat.config import ServerSettings
 from deepseek_api_compat.errors import ApiError, HeadersTooLarge, InvalidRequest, RequestTimeout
+from deepseek_api_compat.gateway.response import JSON
 
 MAX_HEADER_BYTES = 64 * 1024
 MIN_BODY_RATE = 1024  # bytes a second, averaged over the body, once the body timeout has passed
@@ -170,9 +171,8 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()  # in the middle of another answer
             return
         body = msgspec.json.encode(error.body())
-        head = STATUS_LINE[
-            error.status
-        ] + b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        head = STATUS_LINE[error.status] + JSON
+        head += b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
         self.transport.write(head + body)
         self.transport.close()
 

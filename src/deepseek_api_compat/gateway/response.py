@@ -16,9 +16,25 @@ from deepseek_api_compat.gateway.limits import Allowance
 
 Headers = list[bytes]  # whole lines, each with its line end
 
-JSON = b"content-type: application/json\r\n"
+# Browsers take an answer for what it says it is, not for what it looks like: prompts are anyone's text.
+NOSNIFF = b"x-content-type-options: nosniff\r\n"
+JSON = b"content-type: application/json\r\n" + NOSNIFF
 SSE = (
     b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
+    + NOSNIFF
+)
+# Every page for people: nothing but its own files runs in it, nobody frames it, and it tells no other site of
+# itself.
+PAGE = (
+    b"content-type: text/html; charset=utf-8\r\n"
+    b"content-security-policy: default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
+    b" font-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'\r\n"
+    b"x-frame-options: DENY\r\n"
+    b"referrer-policy: no-referrer\r\n"
+    b"cross-origin-opener-policy: same-origin\r\n"
+    b"cross-origin-resource-policy: same-origin\r\n"
+    b"permissions-policy: camera=(), geolocation=(), microphone=()\r\n"
+    b"cache-control: no-store\r\n" + NOSNIFF
 )
 
 

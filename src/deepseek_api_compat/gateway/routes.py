@@ -26,7 +26,7 @@ from deepseek_api_compat.gateway.chat import ChatService, Events, infill_ids, to
 from deepseek_api_compat.gateway.gate import Call, Route
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.relay import relay
-from deepseek_api_compat.gateway.response import EventStream, Pulse, send_error, send_json
+from deepseek_api_compat.gateway.response import NOSNIFF, EventStream, Pulse, send_error, send_json
 from deepseek_api_compat.gateway.usage import UsageApi
 from deepseek_api_compat.protocol import completion
 from deepseek_api_compat.protocol import openai as wire
@@ -284,7 +284,7 @@ class Api:
         text = await asyncio.to_thread(metrics.exposition, self._directory.pools, ledger)
         call.tally.status = 200
         kind = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
-        await call.out.whole(200, [*call.headers, kind], text)
+        await call.out.whole(200, [*call.headers, kind, NOSNIFF], text)
 
     async def health(self, call: Call) -> None:
         await self._json(call, {"status": "ok"})
