@@ -1,6 +1,7 @@
 """What the gateway costs: the mock asked directly, through nginx, and through our gateway, in turns.
 
     python -m bench.gateway [--quick] [--rounds N] [--only requests,tokens] [--json FILE]
+    python -m bench.gateway --targets gateway --only requests,tokens --rounds 10 --before OTHER/deepseek-api
 
 The gateway checks the key and the rate limit of each request; nginx only relays, and shows what this machine
 can do. Both have one worker on core 1; the mock and the load generator are on core 0. Each figure is the
@@ -205,6 +206,12 @@ def run(args: argparse.Namespace, directory: Path, stack: contextlib.ExitStack) 
         measure_start(service, args.rounds, args.patience, bench.results)
         processes.pin(service.worker, processes.GATEWAY_CORE)
         targets.append(Target("gateway", service.port, service.key, service.worker))
+        if args.before:
+            before = Service(directory / "before", models, args.before)
+            stack.callback(before.stop)
+            before.start(MODEL)
+            processes.pin(before.worker, processes.GATEWAY_CORE)
+            targets.append(Target("before", before.port, before.key, before.worker))
     measures: dict[str, Callable[[Target], None]] = {
         "requests": bench.requests,
         "latency": bench.latency,
@@ -234,6 +241,22 @@ def table(results: Results) -> str:
         ours, theirs = medians["gateway"], medians["nginx"]
         ratio = f"{ours / theirs:.2f}" if ours is not None and theirs else ""
         lines.append(f"| {' | '.join([figure.title, *cells, ratio, figure.goal])} |")
+    return "\n".join(lines)
+
+
+def rise(results: Results) -> str:
+    """What costs more than in the other checkout: the median of the rounds' ratios, for each figure."""
+    lines = []
+    for key in ("request_cpu", "token_cpu", "requests", "tokens"):
+        pairs = results.values.get(key, {})
+        ratios = [
+            now / then for now, then in zip(pairs.get("gateway", ()), pairs.get("before", ()), strict=True)
+        ]
+        if ratios:
+            spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+            lines.append(
+                f"{FIGURES[key].title}: {median(ratios):.3f} x before ({spread}, {len(ratios)} pairs)"
+            )
     return "\n".join(lines)
 
 
@@ -283,6 +306,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--targets", type=words(targets), default=list(targets), help="besides direct: " + ",".join(targets)
     )
+    parser.add_argument("--before", metavar="PROGRAM", help="another checkout's deepseek-api to compare with")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all values there")
     args = parser.parse_args(argv)
     if args.quick:
@@ -301,6 +325,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         bench = run(args, Path(directory), stack)
     print(table(bench.results))
+    if args.before:
+        print("\n" + rise(bench.results))
     if bench.disturbed:
         print(
             f"\nOther processes ran during {bench.disturbed} of the measurements: don't trust these figures."

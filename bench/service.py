@@ -21,7 +21,10 @@ class Service:
     start() may be called again after stop(); data directory, port and key stay.
     """
 
-    def __init__(self, directory: Path, models: str = "") -> None:
+    def __init__(self, directory: Path, models: str = "", command: str = COMMAND) -> None:
+        """`command`: the `deepseek-api` to start; another checkout's, to compare with it."""
+        directory.mkdir(exist_ok=True)
+        self._command = command
         self.data_dir = directory / "data"
         self.port = processes.free_port()
         self._config = directory / "config.toml"
@@ -30,7 +33,7 @@ class Service:
         )
         self._log = directory / "serve.log"
         self._process: subprocess.Popen[bytes] | None = None
-        create = [COMMAND, "keys", "create", "bench", "--rps", "1000000", "--quiet"]
+        create = [command, "keys", "create", "bench", "--rps", "1000000", "--quiet"]
         made = subprocess.run(
             [*create, "--data-dir", str(self.data_dir)], check=True, capture_output=True, text=True
         )
@@ -42,7 +45,7 @@ class Service:
         with open(self._log, "ab") as log:
             began = time.monotonic()
             self._process = subprocess.Popen(
-                [COMMAND, "serve", "--config", self._config], stdout=log, stderr=log
+                [self._command, "serve", "--config", self._config], stdout=log, stderr=log
             )
         while time.monotonic() < began + patience and self._process.poll() is None:
             try:
