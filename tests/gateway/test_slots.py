@@ -185,6 +185,16 @@ def test_keys_with_equally_many_are_served_in_order_of_arrival(table):
     assert granted(table, tickets) == tickets
 
 
+def test_a_key_does_not_pass_on_its_slot_to_itself_while_another_waits(table):
+    table.set_capacity(0, 0, 1)
+    table.acquire(0, 0, 10, 1)
+    flood, more, quiet = queue(table, 1, 1, 2)
+    table.release(0, 0, 0, 1.0, 1)
+    assert granted(table, [flood, more, quiet]) == [quiet]
+    table.release(0, 0, 0, 1.0, 2)
+    assert granted(table, [flood, more, quiet]) == [flood, quiet]
+
+
 def test_leases_of_a_key_count_over_all_workers_and_not_those_of_the_dead(table):
     table.set_capacity(0, 0, 3)
     for worker in range(3):

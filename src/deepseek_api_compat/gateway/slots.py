@@ -3,15 +3,17 @@
 A *pool* is the set of replicas behind one model. Each replica has a capacity (its slots, 0 while it is
 not ready) and a count of leases per worker. Whoever finds no free slot draws a ticket in the pool's
 queue; whoever gives a slot back grants it and wakes that worker through a pipe. It goes to the waiting key
-with the fewest leases, over all workers, and within a key in order of arrival (max-min fairness). When a
-worker dies the supervisor forgets its leases and tickets.
+with the fewest leases, over all workers (max-min fairness); among equals to the key that got one the longest
+ago, and within a key in order of arrival. When a worker dies the supervisor forgets its leases and tickets.
 
 Everything lives in `SharedMemory`, in this layout (64-bit cells): five cells that tell what a worker was
 doing if it dies while it grants a slot to another, so that the next who comes finishes it; then each pool's
 
     head, tail, waiting, seconds     queue positions; live tickets; mean lease time (float)
+    turn                             leases ever granted
     replicas x (capacity, workers x leases)
     workers x KEYS x leases          the same leases by key
+    KEYS x turn                      when a key got its last one
     QUEUE x ticket                   state | worker << 8 | key << 16 | replica << 32, at position modulo QUEUE
 """
 
@@ -34,7 +36,7 @@ QUEUE = 8192  # at least twice as many as may wait
 PASSED_OVER = QUEUE // 2  # later tickets that may be served before one: then it is served next
 KEYS = 4096  # two keys whose numbers differ by a multiple of this count as one
 WAITING, GRANTED, GONE, DISPLACED = 1, 2, 3, 4
-HEAD, TAIL, LIVE, SECONDS, REPLICAS = range(5)
+HEAD, TAIL, LIVE, SECONDS, TURN, REPLICAS = range(6)
 # A grant under way: ticket + 1, its pool and replica, and what both counts of leases are to become.
 GRANTING, POOL, REPLICA, LEASES, KEY_LEASES, FIRST_POOL = range(6)
 
@@ -78,7 +80,7 @@ class SlotTable:
 
     @staticmethod
     def _cells_of(replicas: int, workers: int) -> int:
-        return REPLICAS + replicas * (1 + workers) + workers * KEYS + QUEUE
+        return REPLICAS + replicas * (1 + workers) + (workers + 1) * KEYS + QUEUE
 
     def __enter__(self) -> None:
         self._memory.__enter__()
@@ -102,6 +104,7 @@ class SlotTable:
                 replica = self._free_replica(pool)
                 if replica >= 0:
                     self._lease(pool, replica, worker, key, 1)
+                    self._take_turn(pool, key)
                     return Place(replica, -1)
             woken: frozenset[int] = frozenset()
             tail = self._cells[base + TAIL]
@@ -191,7 +194,14 @@ class SlotTable:
         return self._replica_cell(pool, self._replicas[pool]) + worker * KEYS + key
 
     def _ticket_cell(self, pool: int, ticket: int) -> int:
-        return self._key_cell(pool, self._workers, 0) + ticket % QUEUE
+        return self._turn_cell(pool, KEYS) + ticket % QUEUE
+
+    def _turn_cell(self, pool: int, key: int) -> int:
+        return self._key_cell(pool, self._workers, key)
+
+    def _take_turn(self, pool: int, key: int) -> None:
+        turn = self._cells[self._base[pool] + TURN] = self._cells[self._base[pool] + TURN] + 1
+        self._cells[self._turn_cell(pool, key)] = turn
 
     def _lease(self, pool: int, replica: int, worker: int, key: int, change: int) -> None:
         self._cells[self._lease_cell(pool, replica, worker)] += change
@@ -201,6 +211,10 @@ class SlotTable:
         """Slots that a key has, over all workers."""
         first = self._key_cell(pool, 0, key)
         return sum(self._cells[first : first + self._workers * KEYS : KEYS])
+
+    def _share(self, pool: int, key: int) -> tuple[int, int]:
+        """What a key has had; less comes first."""
+        return self._leases_of(pool, key), self._cells[self._turn_cell(pool, key)]
 
     def _waiting(self, pool: int) -> list[tuple[int, int]]:
         """(ticket, its cell's value) of all that wait, oldest first."""
@@ -243,6 +257,7 @@ class SlotTable:
             self._cells[first + KEY_LEASES] = self._cells[self._key_cell(pool, worker, key)] + 1
             self._cells[first] = ticket + 1
             self._finish_grant()
+            self._take_turn(pool, key)
             woken.add(worker)
         self._cells[base + HEAD] = self._cells[base + TAIL]
         return woken
@@ -271,7 +286,7 @@ class SlotTable:
         oldest: dict[int, tuple[int, int]] = {}
         for entry in waiting:
             oldest.setdefault(entry[1] >> 16, entry)
-        return min(oldest.values(), key=lambda entry: (self._leases_of(pool, entry[1] >> 16), entry[0]))
+        return min(oldest.values(), key=lambda entry: (*self._share(pool, entry[1] >> 16), entry[0]))
 
     def _displace(self, pool: int, key: int) -> frozenset[int]:
         """Make room for a ticket of `key`; the worker to wake. Raises RateLimited if nobody holds more."""
