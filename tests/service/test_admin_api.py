@@ -15,8 +15,8 @@ import pytest
 
 from deepseek_api_compat.store.ledger import Batch, LedgerRow, open_ledger
 from fakes.chat_upstream import ChatUpstream
-from fakes.configs import IMPATIENT, upstream_model
-from fakes.service import Service
+from fakes.configs import IMPATIENT, chat, upstream_model
+from fakes.service import Service, eventually
 from fakes.wire import Answer, call, request
 
 TRIES = 12  # connections of their own; that two workers leave one of them out is less likely than 1 in 1000
@@ -373,6 +373,20 @@ class TestUsage:
             ("relay", "2", "1.5", "1"),
             ("relay", "1", "1.5", "0"),
         ]
+
+
+def test_a_request_counts_soon_after_its_end(service: Service) -> None:
+    made = create(service, budget="1")
+
+    def requests() -> int:
+        answer = done(service, "GET", "/v1/usage", key=made["api_key"])
+        return sum(one["requests"] for one in answer["data"])
+
+    assert requests() == 0
+    assert ask(service, "POST", "/v1/chat/completions", chat("relay"), made["api_key"]).status == 200
+    eventually(lambda: requests() == 1, timeout=3, what="the request in the usage")
+    [row] = done(service, "GET", f"/admin/v1/requests?key={made['id']}")["data"]
+    assert (row["model"], row["outcome"], row["prompt_tokens"]) == ("relay", "ok", 7)
 
 
 class TestRequests:
