@@ -196,6 +196,8 @@ TRICKS = [
     ["Authorization: Bearer"],
     ["Authorization: Bearer undefined"],
     ["Authorization: Basic YWRtaW46YWRtaW4="],
+    ["Authorization: Bearer ' OR '1'='1' --"],
+    ["Authorization: Bearer DSK-' OR 1=1 -- -{wrong}"],
     ["Authorization: Bearer {wrong}"],
     ["Authorization: Bearer {admin}x"],
     ["Authorization: bearer{admin}"],
@@ -280,6 +282,24 @@ def test_no_header_gets_around(relay: Service, routes: list[Route]):
             for version in ("1.0", "1.1"):
                 check_refused(attempts.answer(lines("GET", path, headers, version)), (path, trick))
     assert attempts.made > 3000
+
+
+def test_a_role_opens_its_own_routes_only(relay: Service, routes: list[Route]):
+    keys = {role: relay.new_key(role, "--role", role) for role in ("user", "metrics")}
+    refused = 0
+    for route in routes:
+        for prefix in route.prefixes if not route.public else ():
+            path = prefix + route.path + ("/some-id" if route.takes_rest else "")
+            for role in keys.keys() - route.open_to:
+                for method in METHODS[:7]:
+                    data = lines(method, path, [f"Authorization: Bearer {keys[role]}"])
+                    assert call(relay.port, data, head_only=method == "HEAD").status == 403, (
+                        role,
+                        method,
+                        path,
+                    )
+                    refused += 1
+    assert refused > 300
 
 
 def test_what_is_public_says_little(relay: Service, routes: list[Route]):
