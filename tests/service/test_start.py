@@ -232,7 +232,7 @@ def test_the_example_call_works_when_pasted_and_the_key_is_nowhere(start):
 
 
 def test_the_second_start_is_ready_soon(engine_service: Service, tmp_path: Path):
-    """The first one of this session has prepared the model: 3 s when the machine is idle, which CI's isn't."""
+    """The first one of this session has prepared the model: 3 s on an idle machine, which CI's isn't."""
     began = time.monotonic()
     service = Service(tmp_path / "data", "--model-path", TINY)
     eventually(lambda: ready(service) == 200)
