@@ -2,9 +2,9 @@
 
     python -m bench.fairness [--seconds 120] [--streams 64] [--keys 8] [--tokens 64]
 
-A quiet key asks again and again, one request at a time; beside it the same number of streams keeps the engine
-saturated, first of many keys with an equal part each, then of one key alone. The quiet key's time to its
-first token in the flood should be at most 1.2 times that beside fair shares. Both take turns.
+A quiet key asks again and again, one request at a time. Beside it the engine is saturated, in turns by keys
+at their fair share (as many as there are slots, with one stream each) and by one key with many more streams.
+The quiet key's time to its first token in the flood should be at most 1.2 times that beside fair shares.
 """
 
 from __future__ import annotations
@@ -100,8 +100,11 @@ async def measure(service: Service, args: argparse.Namespace) -> dict[str, list[
     try:
         await quiet.ask()
         for _ in range(args.rounds):
-            for name, keys in (("fair shares", load), ("flood", load[:1])):
-                found[name] += await waits(quiet, keys, args.streams, args.seconds / args.rounds)
+            for name, keys, streams in (
+                ("fair shares", load, len(load)),
+                ("flood", load[:1], args.streams),
+            ):
+                found[name] += await waits(quiet, keys, streams, args.seconds / args.rounds)
     finally:
         for client in (quiet, *load):
             await client.close()
@@ -112,8 +115,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120.0, help="of each kind of load")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--keys", type=int, default=8)
+    parser.add_argument("--streams", type=int, default=64, help="of the flood")
+    parser.add_argument("--keys", type=int, default=8, help="slots of the engine")
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args()
     processes.wait_for_quiet(10.0)

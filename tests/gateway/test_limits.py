@@ -1,5 +1,6 @@
 """Limits hold exactly, over processes too; a refusal costs nothing, a settlement what was used."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -8,16 +9,19 @@ import time
 
 import msgspec
 import pytest
+import redis
 
 from deepseek_api_compat.config import LimitSettings, ModelLimitSettings, ModelSettings
 from deepseek_api_compat.errors import EngineUnavailable, InsufficientQuota, RateLimited
 from deepseek_api_compat.gateway import local_limits
 from deepseek_api_compat.gateway.limits import OverLimit
 from deepseek_api_compat.gateway.local_limits import LocalLimiter
+from deepseek_api_compat.gateway.redis_limits import RedisLimiter
 from deepseek_api_compat.gateway.shared import SharedMemory
 from deepseek_api_compat.gateway.windows import EXACT
 from deepseek_api_compat.security.keys import Principal
 from deepseek_api_compat.store.base import KeyLimits
+from deepseek_api_compat.store.redis_counters import RedisCounters
 
 NOON = 20_000 * 86400 + 43200.0
 NONE = LimitSettings(requests_per_second=0)
@@ -46,7 +50,7 @@ def clock():
 
 
 @pytest.fixture
-def make(memory, clock):
+def make_local(memory, clock):
     """A limiter of worker `worker`; the settings of model 0 as given, model 1 without limits."""
 
     def make(limits=NONE, model=None, worker=0):
@@ -57,6 +61,41 @@ def make(memory, clock):
         return LocalLimiter(memory, 0, limits, models, workers=3, worker=worker, clock=clock, wall=clock.wall)
 
     return make
+
+
+@pytest.fixture(params=["local", "redis"])
+async def make(request, make_local, clock):
+    """The same promises from one machine's shared memory and from a real Redis."""
+    if request.param == "local":
+        yield make_local
+        return
+    server = request.getfixturevalue("redis_server")
+    redis.Redis.from_url(server.url).flushall()
+    made, names = [], itertools.count()
+
+    def make(limits=NONE, model=None, worker=0):
+        counters = RedisCounters(server.url, f"machine:{worker}", str(next(names)))
+        made.append(RedisLimiter(make_local(limits, model, worker), counters, clock=clock.wall))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for limiter in made:
+        await limiter.close()
+
+
+async def settled(limiter):
+    """Until everything that a grant was told is counted."""
+    if isinstance(limiter, RedisLimiter):
+        await limiter.settled()
+
+
+async def usage(limiter):
+    """What is counted of key 1."""
+    if isinstance(limiter, LocalLimiter):
+        return limiter.usage(1)
+    await limiter.settled()
+    return await limiter.usage("key1")
 
 
 def key(slot=1, budget=None, **limits):
@@ -73,6 +112,7 @@ async def refusal(limiter, principal, model=0, tokens=0, money=0):
     except (RateLimited, InsufficientQuota) as error:
         return error
     grant.settle(tokens, money)
+    await settled(limiter)
     return None
 
 
@@ -163,10 +203,19 @@ async def test_waiting_as_long_as_told_is_enough_and_not_too_long(make, clock, c
             clock.now += rng.random() / 10_000
 
 
-@pytest.mark.parametrize("limit", [1, 7, 100, 128, 129, 2345])
-async def test_no_span_ever_holds_more_than_the_limit(make, clock, limit):
+@pytest.mark.parametrize("limit", [7, 130])
+async def test_no_span_holds_more_than_the_limit(make, clock, limit):
+    await no_span_holds_more_than_the_limit(make(), clock, limit)
+
+
+@pytest.mark.parametrize("limit", [1, 100, 128, 129, 2345])
+async def test_no_span_holds_more_than_a_limit_of_any_size(make_local, clock, limit):
+    await no_span_holds_more_than_the_limit(make_local(), clock, limit)
+
+
+async def no_span_holds_more_than_the_limit(limiter, clock, limit):
     """Over any 60 seconds, whenever they begin: but for one request; and little is lost."""
-    limiter, alice = make(), key(rpm=limit)
+    alice = key(rpm=limit)
     rng = random.Random(limit)
     times = []
     offered = 0
@@ -239,10 +288,10 @@ async def test_tokens_are_settled_where_they_were_reserved(make, clock):
         ({}, {"budget": "0.00001"}),
     ],
 )
-async def test_a_failed_reservation_gives_back_everything(make, own, model):
+async def test_a_failed_reservation_gives_back_everything(make_local, own, model):
     budget = own.pop("budget", None)
     model = msgspec.convert(model, ModelLimitSettings)
-    limiter = make(model=model)
+    limiter = make_local(model=model)
     alice = key(rps=1000, rpm=1000, concurrency=2, budget=budget, **own)
     filling = await limiter.admit_request(alice)
     await filling.reserve(0, 9, 9)
@@ -271,7 +320,7 @@ async def test_a_request_refused_after_all_is_as_if_it_had_never_come(make):
         grant.give_back()
         grant.settle(10, 10)
     assert await refusal(limiter, alice, tokens=10, money=10) is None
-    assert limiter.usage(1).spent == 10
+    assert (await usage(limiter)).spent == 10
 
 
 async def test_so_many_at_the_same_time(make, clock):
@@ -288,7 +337,7 @@ async def test_so_many_at_the_same_time(make, clock):
     assert caught.value.retry_after == 4.0  # eight seconds, at two places
     await third.reserve(1, 5, 5)
     third.settle(5, 5)
-    assert limiter.usage(1).running == 1
+    assert (await usage(limiter)).running == 1
 
 
 async def test_a_model_runs_so_many_for_all_keys(make):
@@ -314,12 +363,12 @@ async def test_a_budget_is_not_overdrawn_by_what_is_under_way(make):
     assert (await refusal(limiter, alice, money=1)).status == 402
     for grant in grants[1:]:
         grant.settle(10, 250_000)
-    assert limiter.usage(1).spent == 1_000_000
-    assert limiter.usage(1).reserved == 0
+    assert (await usage(limiter)).spent == 1_000_000
+    assert (await usage(limiter)).reserved == 0
 
 
-async def test_spending_counts_before_there_is_a_budget(make):
-    limiter = make()
+async def test_spending_counts_before_there_is_a_budget(make_local):
+    limiter = make_local()
     assert await refusal(limiter, key(), tokens=7, money=900) is None
     assert (limiter.usage(1).spent, limiter.usage(1).tokens_today) == (900, 7)
     assert (await refusal(limiter, key(budget=1000), money=101)).status == 402
@@ -335,14 +384,14 @@ async def test_the_day_ends_at_midnight(make, clock):
     clock.now += 43200
     assert await refusal(limiter, alice, tokens=50) is None
     grant.settle(90, 0)  # counts for the day it began on
-    assert limiter.usage(1).tokens_today == 50
+    assert (await usage(limiter)).tokens_today == 50
     assert await refusal(limiter, alice, tokens=50) is None
     clock.now -= 43200  # a clock set back begins no day
     assert await refusal(limiter, alice, tokens=1) is not None
 
 
-async def test_the_ledger_tells_what_was_before(make, clock):
-    limiter = make(model=ModelLimitSettings(tokens_per_day=50))
+async def test_the_ledger_tells_what_was_before(make_local, clock):
+    limiter = make_local(model=ModelLimitSettings(tokens_per_day=50))
     limiter.load(1, 900, int(clock.wall()) // 86400, 60)
     limiter.load(2, 0, int(clock.wall()) // 86400 - 1, 60)
     limiter.load_model(0, 0, int(clock.wall()) // 86400, 10)
@@ -355,8 +404,8 @@ async def test_the_ledger_tells_what_was_before(make, clock):
     assert (await refusal(limiter, key(3), tokens=1)).code == "model_tokens_per_day_exceeded"
 
 
-async def test_a_slot_begins_anew_with_its_next_key(make):
-    limiter = make()
+async def test_a_slot_begins_anew_with_its_next_key(make_local):
+    limiter = make_local()
     old = await limiter.admit_request(key(concurrency=1, rpm=1, tpm=10, budget=10))
     await old.reserve(0, 10, 10)
     limiter.reset(1)
@@ -405,9 +454,9 @@ async def test_headers_tell_the_tightest(make, clock):
     assert (error.tokens.remaining, error.tokens.reset) == (20, 40.0)
 
 
-async def test_a_dead_worker_gives_everything_back(make):
+async def test_a_dead_worker_gives_everything_back(make_local):
     model = ModelLimitSettings(concurrency=4, tokens_per_minute=1000, budget=1)
-    workers = [make(model=model, worker=worker) for worker in range(3)]
+    workers = [make_local(model=model, worker=worker) for worker in range(3)]
     alice = key(concurrency=4, tpm=1000, tpd=1000, budget=1000)
     grants = []
     for limiter in (workers[1], workers[1], workers[2]):
@@ -415,19 +464,19 @@ async def test_a_dead_worker_gives_everything_back(make):
         await grants[-1].reserve(0, 300, 300)
     await workers[1].admit_request(alice)
     assert (await refusal(workers[0], alice)).code == "concurrency_exceeded"
-    make().forget_worker(1)
+    make_local().forget_worker(1)
     assert (workers[0].usage(1).running, workers[0].usage(1).reserved) == (1, 300)
     assert await refusal(workers[0], alice, tokens=700, money=700) is None
     grants[2].settle(300, 300)
-    again = make(model=model, worker=1)
+    again = make_local(model=model, worker=1)
     grant = await again.admit_request(alice)
     assert (await refusal(workers[0], alice)) is None
     grant.settle(0, 0)
     assert workers[0].usage(1).running == 0
 
 
-async def test_the_tokens_a_dead_worker_had_used_stay_counted(make):
-    limiter, alice = make(), key(tpm=1000)
+async def test_the_tokens_a_dead_worker_had_used_stay_counted(make_local):
+    limiter, alice = make_local(), key(tpm=1000)
     grant = await limiter.admit_request(alice)
     await grant.reserve(0, 100, 0)
     grant.use(700, 0)
@@ -436,9 +485,9 @@ async def test_the_tokens_a_dead_worker_had_used_stay_counted(make):
     assert (await refusal(limiter, alice, tokens=300)) is None
 
 
-async def test_a_full_table_refuses_and_recovers(make, monkeypatch):
+async def test_a_full_table_refuses_and_recovers(make_local, monkeypatch):
     monkeypatch.setattr(local_limits, "ROWS", 2)
-    limiter, alice = make(), key(concurrency=10, rpm=10)
+    limiter, alice = make_local(), key(concurrency=10, rpm=10)
     grants = [await limiter.admit_request(alice) for _ in range(2)]
     with pytest.raises(EngineUnavailable):
         await limiter.admit_request(alice)
@@ -451,11 +500,11 @@ async def test_a_full_table_refuses_and_recovers(make, monkeypatch):
     assert await refusal(limiter, bob, tokens=1) is None
 
 
-async def test_random_traffic_adds_up(make, clock):
+async def test_random_traffic_adds_up(make_local, clock):
     """Whatever happens in whatever order, in the end nothing is running or reserved, and all is spent."""
     rng = random.Random(11)
     model = ModelLimitSettings(concurrency=8, requests_per_minute=300, tokens_per_minute=5000)
-    workers = [make(model=model, worker=worker) for worker in range(3)]
+    workers = [make_local(model=model, worker=worker) for worker in range(3)]
     keys = [key(slot, concurrency=5, rpm=200, tpm=3000, tpd=10**9, budget=10**9) for slot in range(3)]
     held: list[list] = [[], [], []]
     spent = [0, 0, 0]
@@ -482,7 +531,7 @@ async def test_random_traffic_adds_up(make, clock):
                 spent[slot] += used
         elif action < 0.952:
             workers[0].forget_worker(worker)
-            workers[worker] = make(model=model, worker=worker)
+            workers[worker] = make_local(model=model, worker=worker)
             held[worker] = []
         for slot in range(3):
             running = sum(1 for grants in held for owner, _ in grants if owner == slot)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import os
+import socket
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from deepseek_api_compat.config import Settings
 from deepseek_api_compat.engines.base import EngineState
+from deepseek_api_compat.gateway import metrics
 from deepseek_api_compat.gateway.account import Books
 from deepseek_api_compat.gateway.admin import AdminApi
 from deepseek_api_compat.gateway.chat import ChatService
@@ -17,6 +21,7 @@ from deepseek_api_compat.gateway.journal_files import JOURNALS
 from deepseek_api_compat.gateway.local_limits import LocalLimiter
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.prices import Prices
+from deepseek_api_compat.gateway.redis_limits import RedisLimiter
 from deepseek_api_compat.gateway.response import Pulse
 from deepseek_api_compat.gateway.routes import Api, ModelDirectory
 from deepseek_api_compat.gateway.shared import SharedMemory
@@ -24,6 +29,7 @@ from deepseek_api_compat.gateway.slots import Leases, SlotTable
 from deepseek_api_compat.gateway.templates import Templates
 from deepseek_api_compat.gateway.usage import AskFor, UsageApi
 from deepseek_api_compat.security.keys import KeyTable
+from deepseek_api_compat.store.redis_counters import RedisCounters
 
 
 def replica_counts(settings: Settings) -> list[int]:
@@ -48,6 +54,21 @@ def local_limiter(settings: Settings, memory: SharedMemory, worker: int = 0) -> 
     workers = settings.server.workers
     offset = SlotTable.cells_for(replica_counts(settings), workers)
     return LocalLimiter(memory, offset, settings.limits, settings.models, workers=workers, worker=worker)
+
+
+def shared_limiter(settings: Settings, local: LocalLimiter, worker: int) -> LocalLimiter | RedisLimiter:
+    """`local`, or where a Redis is configured that of all machines. Raises ConfigError for a wrong URL."""
+    if settings.limits.redis_url is None:
+        return local
+    # Two services of one machine have data directories of their own.
+    directory = hashlib.sha256(bytes(settings.data_dir)).hexdigest()[:8]
+    place = f"{socket.gethostname()}/{directory}:{worker}"
+    return RedisLimiter(
+        local,
+        RedisCounters(settings.limits.redis_url, place, os.urandom(6).hex()),
+        on_failure=metrics.REDIS_FAILURES.inc,
+        on_lost=metrics.SETTLEMENTS_LOST.inc,
+    )
 
 
 class Application:
@@ -76,7 +97,7 @@ class Application:
             timeout=limits.queue_timeout,
         )
         self._pools = [ModelPool(index, model, self._leases) for index, model in enumerate(settings.models)]
-        limiter = local_limiter(settings, memory, worker)
+        self.limiter = shared_limiter(settings, local_limiter(settings, memory, worker), worker)
         self.pulse = Pulse(settings.server.first_event_timeout, settings.server.keep_alive_interval)
         directory = ModelDirectory(self._pools, created)
         self._templates = Templates()
@@ -84,19 +105,23 @@ class Application:
         currency = settings.ledger.currency
         usage, admin = UsageApi(ask, currency), AdminApi(ask, currency)
         self.journal = Journal(settings.data_dir / JOURNALS, worker, settings.ledger)
-        self.books = Books(limiter, self.journal, Prices(settings.prices))
+        self.books = Books(self.limiter, self.journal, Prices(settings.prices))
         api = Api(directory, chat, self.books, usage, admin, self.pulse, settings)
-        self.gate = Gate(api.routes(), keys, limiter, self.journal, settings)
+        self.gate = Gate(api.routes(), keys, self.limiter, self.journal, settings)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         self._leases.start(asyncio.get_running_loop())
+        if isinstance(self.limiter, RedisLimiter):
+            self.limiter.start()
         if any(pool.kind == "token" for pool in self._pools):
             self._beside(self._templates.warm())
 
     async def close(self) -> None:
         """End what was started besides; no request is served any more."""
         await self._templates.close()
+        if isinstance(self.limiter, RedisLimiter):
+            await self.limiter.close()
         self.journal.close()
 
     def use_keys(self, keys: KeyTable) -> None:

@@ -90,8 +90,11 @@ class Plan(msgspec.Struct, frozen=True):
 class Grant(Protocol):
     """One admitted request. Failure policy: only `reserve` raises; the rest is for any `finally`."""
 
-    requests: Allowance | None
-    tokens: Allowance | None
+    @property
+    def requests(self) -> Allowance | None: ...
+
+    @property
+    def tokens(self) -> Allowance | None: ...
 
     async def reserve(self, model: int, tokens: int, money: int) -> None:
         """Reserve for model number `model`. Once, and before anything is used.

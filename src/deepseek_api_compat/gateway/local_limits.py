@@ -114,19 +114,15 @@ class LocalLimiter:
 
     def load(self, slot: int, spent: int, day: int, tokens_today: int) -> None:
         """What the ledger knows of a key: money spent in all, and tokens of the UTC day number `day`."""
-        self._load(slot % MAX_KEYS, spent, day, tokens_today)
+        self.know(slot % MAX_KEYS, spent, day, tokens_today)
 
     def load_model(self, model: int, spent: int, day: int, tokens_today: int) -> None:
-        self._load(MAX_KEYS + model, spent, day, tokens_today)
+        self.know(MAX_KEYS + model, spent, day, tokens_today)
 
     def charge(self, slot: int, model: int, tokens: int, money: int) -> None:
         """Count what the ledger found that a request of a dead worker had used."""
         for number in (slot % MAX_KEYS, MAX_KEYS + model):
-            self._lock(number)
-            base = self._roll(number)
-            self._ints[base + SPENT] += money
-            self._ints[base + TODAY_USED] += tokens
-            self._unlock(number)
+            self.spend(number, tokens, money)
 
     def reset(self, slot: int) -> None:
         """Forget a deleted key, before its slot goes to another. What it has in flight counts no more."""
@@ -441,7 +437,20 @@ class LocalLimiter:
         """Whether the grant's key still has its slot."""
         return self._ints[grant.base + LIFE] == grant.life
 
-    def _load(self, number: int, spent: int, day: int, tokens_today: int) -> None:
+    def spend(self, number: int, tokens: int, money: int) -> None:
+        """Count what was used of an account without a grant of its own."""
+        self._lock(number)
+        base = self._roll(number)
+        self._ints[base + SPENT] += money
+        self._ints[base + TODAY_USED] += tokens
+        self._unlock(number)
+
+    def known(self, number: int) -> tuple[int, int, int]:
+        """What was spent of an account, and what was used on which day: day and tokens of it."""
+        base = self._offset + number * ACCOUNT
+        return self._ints[base + SPENT], self._ints[base + TODAY], self._ints[base + TODAY_USED]
+
+    def know(self, number: int, spent: int, day: int, tokens_today: int) -> None:
         self._lock(number)
         base = self._roll(number)
         self._ints[base + SPENT] = spent

@@ -61,6 +61,16 @@ REFUSED = Counter(
     ["code"],
     registry=_registry,
 )
+REDIS_FAILURES = Counter(
+    "deepseek_limits_redis_failures",
+    "Calls to the Redis that counts limits which failed or took too long.",
+    registry=_registry,
+)
+SETTLEMENTS_LOST = Counter(
+    "deepseek_limits_settlements_lost",
+    "Requests whose use the Redis that counts limits will never hear of.",
+    registry=_registry,
+)
 
 
 class PoolCollector:

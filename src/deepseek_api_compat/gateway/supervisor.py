@@ -27,7 +27,7 @@ from deepseek_api_compat.engines.base import EngineState
 from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.gateway import channel, logs
-from deepseek_api_compat.gateway.app import local_limiter, shared_cells, slot_table
+from deepseek_api_compat.gateway.app import local_limiter, shared_cells, shared_limiter, slot_table
 from deepseek_api_compat.gateway.ledger import Intake
 from deepseek_api_compat.gateway.operations import Operations
 from deepseek_api_compat.gateway.renewal import Renewal
@@ -98,6 +98,7 @@ class Supervisor:
         self._memory = SharedMemory.create(shared_cells(settings))
         self._slots = slot_table(settings, self._memory)
         self._limiter = local_limiter(settings, self._memory)
+        shared_limiter(settings, self._limiter, 0)  # rather one error here than one in each worker
         self._pipes = [os.pipe() for _ in range(settings.server.workers)]
         for read, write in self._pipes:
             os.set_blocking(read, False)
