@@ -34,6 +34,8 @@ from deepseek_api_compat.protocol.events import Event, Finish
 
 USERS = frozenset({"user", "admin"})
 READERS = frozenset({"admin", "metrics"})
+# Anybody may read this: paths and hosts are for the log.
+LEDGER_PROBLEM = "Requests don't get into the ledger now; the service's log says why."
 LIMITS = ("max_tokens", "max_completion_tokens")
 THINKING_SUFFIXES = {"-thinking": True, "-nothinking": False}
 
@@ -298,10 +300,10 @@ class Api:
             return
         if self._books.refuses:
             call.tally.status = 503
-            refusal = LedgerUnavailable(self._books.problem or "", retry_after=5.0)
+            refusal = LedgerUnavailable(LEDGER_PROBLEM, retry_after=5.0)
             await send_error(call.out, refusal, call.headers)
             return
-        problems = [self._books.problem] if self._books.problem else []
+        problems = [LEDGER_PROBLEM] if self._books.problem else []
         await self._json(call, {"status": "ready", "not_ready": missing, "problems": problems})
 
     async def version(self, call: Call) -> None:
