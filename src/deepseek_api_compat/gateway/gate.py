@@ -57,6 +57,7 @@ class Call:
         "_receive",
         "account",
         "address",
+        "cut_off",
         "grant",
         "headers",
         "id",
@@ -80,6 +81,7 @@ class Call:
         self.principal: Principal | None = None
         self.grant: Grant | None = None
         self.account: Account | None = None  # of a request for a model
+        self.cut_off = False  # its client has been told that the service shuts down
         self.rest = ""  # what follows the route's path, as the id in /models/{id}
 
     @property
@@ -224,8 +226,9 @@ class Gate:
             await send_error(call.out, error, call.headers)
         except asyncio.CancelledError:
             # Ends here: whoever cancelled, the connection or the drain, only wants this task to be over.
-            cancelled = "client" if call.connection_lost else "shutdown"
-            if call.connection_lost:
+            # A connection that we closed ourselves, after the last word, was not lost.
+            cancelled = "client" if call.connection_lost and not call.cut_off else "shutdown"
+            if cancelled == "client":
                 tally.status = 499
                 metrics.CLIENT_GONE.labels(tally.endpoint).inc()
             else:

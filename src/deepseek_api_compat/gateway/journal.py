@@ -317,12 +317,14 @@ class Journal:
     # The disk
 
     async def run(self) -> None:
-        """Once a second: end the minute of refusals, write files to the disk. Until it is cancelled."""
+        """Once a second: end the minute of refusals, make room, write to the disk. Until it is cancelled."""
         while True:
             await asyncio.sleep(SECOND)
             minute = int(time.time()) // 60
             if minute != self._minute and self._refusals:
                 self._end_minute(minute)
+            if self._no_room is not None:  # whoever believes /ready sends no request that would try it
+                self._make_room()
             if self._settings.fsync != "never":
                 with suppress(OSError):  # `problem` says so
                     await self._sync()

@@ -73,7 +73,7 @@ class ModelPool:
 
     async def info(self) -> ModelInfo:
         """What a ready replica said of the model. Waits for one; raises EngineUnavailable."""
-        state = await self._any_ready()
+        state = await self.any_ready()
         assert state.info is not None, "a ready token engine has told what it is"
         return state.info
 
@@ -83,11 +83,11 @@ class ModelPool:
 
     async def engine(self) -> TokenEngine:
         """A client of any ready replica, for calls that take no slot (tokenize)."""
-        return self._engine((await self._any_ready()).replica)
+        return self._engine((await self.any_ready()).replica)
 
     async def upstream(self) -> tuple[EngineState, Upstream]:
         """A ready chat upstream, each in turn."""
-        await self._any_ready()
+        await self.any_ready()
         ready = [state for state in self._states.values() if state.state == "ready"]
         self._turn += 1
         state = ready[self._turn % len(ready)]
@@ -111,7 +111,7 @@ class ModelPool:
 
     async def lease(self, key: int = 0) -> Lease:
         """A slot of a ready replica, fairly among keys. Raises RateLimited, EngineUnavailable."""
-        await self._any_ready()
+        await self.any_ready()
         return await self._leases.acquire(self.index, key)
 
     async def stream(
@@ -171,7 +171,7 @@ class ModelPool:
             replica -= engine.replicas
         raise AssertionError("replica numbers come from these settings")
 
-    async def _any_ready(self) -> EngineState:
+    async def any_ready(self) -> EngineState:
         """A ready replica, as soon as there is one. Raises EngineUnavailable if none can be expected."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._ready_timeout

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from deepseek_api_compat.engines.upstream import Response
+from deepseek_api_compat.engines.upstream import Response, Upstream
 from deepseek_api_compat.errors import ApiError, EngineFailed, EngineUnavailable, InvalidRequest, RateLimited
 from deepseek_api_compat.gateway.account import Account
 from deepseek_api_compat.gateway.metrics import Tally
@@ -94,11 +94,9 @@ async def relay(
         if stream and not wants_usage:
             fields["stream_options"] = {"include_usage": True}
         await account.dispatch(state.replica)
-        response = await upstream.request("POST", path, reencode(body, fields))
+        tally.prompt_tokens = prompt  # as soon as it may be worked on: its client may leave any time
+        response = await _begun(upstream, path, reencode(body, fields), tally)
         try:
-            if response.status != 200:
-                raise upstream_error(response, await response.read())
-            tally.prompt_tokens = prompt
             if stream:
                 await _relay_events(response, out, account, hide_usage=not wants_usage)
             else:
@@ -109,6 +107,21 @@ async def relay(
     finally:
         if lease is not None:
             lease.release()
+
+
+async def _begun(upstream: Upstream, path: str, body: bytes, tally: Tally) -> Response:
+    """The upstream's answer, once it is one. Raises ApiError; then no prompt was worked on."""
+    try:
+        response = await upstream.request("POST", path, body)
+        if response.status == 200:
+            return response
+        try:
+            raise upstream_error(response, await response.read())
+        finally:
+            response.close()
+    except ApiError:
+        tally.prompt_tokens = 0
+        raise
 
 
 async def _relay_body(response: Response, out: EventStream, tally: Tally) -> None:
@@ -139,25 +152,25 @@ async def _relay_events(response: Response, out: EventStream, account: Account, 
         events, rest = (data, b"") if cut == len(data) else (data[:cut], data[cut:])
         if not tally.first:
             tally.first = time.monotonic()
-        if not counted:
-            tally.completion_tokens += events.count(b"data:")  # a token each, until usage says better
+        failed = b'"error"' in events and ERROR.search(events) is not None
+        if failed:
+            events = _before_error(events)
+        done = b"[DONE]" in events and DONE.search(events) is not None
+        if not counted:  # a token each, until usage says better
+            tally.completion_tokens += events.startswith(b"data:") + events.count(b"\ndata:") - done
         if b'"usage"' in events and USAGE.search(events):
             counted = True
             events = _take_usage(events, tally, hide=hide_usage)
         account.progress()
-        if b'"error"' in events and ERROR.search(events):
-            events = _before_error(events)
-            if events:
-                await out.write(events)
-            raise EngineFailed("The upstream reported an error in the middle of its answer.")
-        if b"[DONE]" in events and DONE.search(events):
-            done = True
+        if done and not failed:
             await out.finish(events)
-            account.written()
-            break
-        if events:
+        elif events:
             await out.write(events)
-            account.written()
+        account.written()
+        if failed:
+            raise EngineFailed("The upstream reported an error in the middle of its answer.")
+        if done:
+            break
     if not done:
         raise EngineFailed("The upstream ended its stream before the answer was complete.")
 

@@ -239,7 +239,7 @@ class Api:
         ]
         prompt = sum(len(ids) for ids in inputs)
         await account.reserve(pool, prompt, 0, 0)
-        await account.dispatch(next(state.replica for state in pool.states if state.state == "ready"))
+        await account.dispatch((await pool.any_ready()).replica)
         call.tally.prompt_tokens = prompt
         vectors = await engine.embed(inputs)
         answer = completion.embedding_response(
@@ -340,6 +340,7 @@ class Api:
             await out.fail(error)
         except asyncio.CancelledError:
             if not call.connection_lost:
+                call.cut_off = True
                 await out.fail(EngineUnavailable("The service is shutting down.", retry_after=5.0))
             raise
         finally:

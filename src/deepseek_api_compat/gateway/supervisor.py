@@ -152,7 +152,7 @@ class Supervisor:
         day = int(time.time()) // 86400
         try:
             spent = await asyncio.to_thread(self._intake.spent)
-        except SetupError as error:
+        except (SetupError, OSError) as error:
             # The ledger's own policy decides whether requests are served; the intake goes on trying.
             logger.error("limits: what keys have spent is not known: %s", error)
             return
