@@ -8,6 +8,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from math import inf
 from typing import Any, NamedTuple
 
@@ -82,14 +83,17 @@ class RedisLimiter:
         self._idle = asyncio.Event()
         self._idle.set()
         self._tasks: list[asyncio.Task[None]] = []
+        self._closing = False
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._beat())]
 
     async def close(self) -> None:
         """Tell what can be told within a second, and stop."""
-        if self._tasks:
-            await asyncio.wait([asyncio.ensure_future(self.settled())], timeout=1.0)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.settled(), 1.0)
+        # The client library waits by asyncio.wait_for, which before Python 3.12 can swallow a cancellation.
+        self._closing = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -208,7 +212,7 @@ class RedisLimiter:
 
     async def _send(self) -> None:
         """Tell Redis what waits. While it is away `_beat` finds out when it is back, and calls `_flush`."""
-        while True:
+        while not self._closing:
             await self._something.wait()
             self._something.clear()
             if not self.away:
@@ -225,7 +229,7 @@ class RedisLimiter:
             self._idle.set()
 
     async def _beat(self) -> None:
-        while True:
+        while not self._closing:
             try:
                 await self._counters.beat(PATIENCE, self._clock() if self._clock else None)
                 if self.away:
@@ -234,8 +238,9 @@ class RedisLimiter:
                     logger.warning("Redis is back: limits are those of all machines together again")
             except RedisAway as error:
                 self.fell_away(error)
-            # Not all workers at the same moment.
-            await asyncio.sleep(BEAT * random.uniform(0.8, 1.2))  # noqa: S311
+            if not self._closing:
+                # Not all workers at the same moment.
+                await asyncio.sleep(BEAT * random.uniform(0.8, 1.2))  # noqa: S311
 
 
 class RedisGrant:
