@@ -7,7 +7,7 @@ PORT ?= 8000
 SERVE_ARGS ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: help install serve test check dist smoke-wheel test-oldest bench bench-smoke clean
+.PHONY: help install serve test check dist smoke-wheel test-oldest bench bench-smoke ledger-chaos clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -46,6 +46,9 @@ clean:  ## remove everything that make made here
 
 smoke-wheel: dist  ## the wheel in clean environments: client, [server], [embedded], each used
 	$(BIN)/python tools/smoke_wheel.py dist
+
+ledger-chaos: $(STAMP)  ## kill -9 at 200 random moments: the ledger must know of every request (minutes)
+	LEDGER_CHAOS_MOMENTS=200 $(BIN)/python -m pytest -s tests/service/test_ledger_chaos.py
 
 OLD_PYTHON ?= python3.10
 test-oldest: .venv310/.installed  ## the tests on Python 3.10 with the lowest versions that pyproject.toml allows

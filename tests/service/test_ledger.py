@@ -339,18 +339,24 @@ def limited(two_workers: Service, upstream: ChatUpstream) -> Service:
     return two_workers
 
 
+def series(service: Service, key: str, count: int) -> list[Answer]:
+    """Answers to SHORT on one connection: each request is settled before the next one is read."""
+    with Wire(service.port) as wire:
+        return [wire.send(request("POST", PATH, SHORT, key)).answer() for _ in range(count)]
+
+
 def codes(answers: list[Answer]) -> list[str | None]:
     return [answer.json().get("error", {}).get("code") for answer in answers]
 
 
 def test_tokens_of_a_day_are_those_used_and_refusals_cost_nothing(limited: Service):
     key = limited.new_key("daily", "--tpd", "100", "--rpm", "12")
-    answers = [post(limited, SHORT, key) for _ in range(20)]
+    answers = series(limited, key, 20)
     assert codes(answers) == [None] * 8 + ["tokens_per_day_exceeded"] * 12
     # Requests of the minute: 8, and 4 are left.
     key_id = ledger.key_id(limited, "daily")
     limited.command("keys", "update", key_id, "--tpd", "0")
-    answers = [post(limited, SHORT, key) for _ in range(6)]
+    answers = series(limited, key, 6)
     assert codes(answers)[:4] == [None] * 4
     assert codes(answers)[5] == "requests_per_minute_exceeded"
     rows = ledger.rows_of_key(limited, "daily", 12)
@@ -359,7 +365,7 @@ def test_tokens_of_a_day_are_those_used_and_refusals_cost_nothing(limited: Servi
 
 def test_tokens_of_a_minute_are_told(limited: Service):
     key = limited.new_key("minutely", "--tpm", "60")
-    answers = [post(limited, SHORT, key) for _ in range(6)]
+    answers = series(limited, key, 6)
     assert codes(answers) == [None] * 4 + ["tokens_per_minute_exceeded"] * 2
     assert {answer.headers["x-ratelimit-limit-tokens"] for answer in answers} == {"60"}
     left = [int(answer.headers["x-ratelimit-remaining-tokens"]) for answer in answers]
@@ -398,7 +404,7 @@ def test_a_killed_worker_s_reservations_come_back(limited: Service, upstream: Ch
 def test_budgets_survive_a_kill(start, priced: str, upstream: ChatUpstream):
     first = start(priced)
     key = first.new_key("poor", "--budget", "0.00006")
-    answers = [post(first, SHORT, key) for _ in range(5)]
+    answers = series(first, key, 5)
     assert [answer.status for answer in answers] == [200] * 3 + [402] * 2
     first.kill()
     second = start(priced, data_dir=first.data_dir)
