@@ -304,8 +304,9 @@ async def test_who_is_displaced_is_told(memory, table):
         await waiting[1]
     assert caught.value.code == "queue_full"
     first.release()
-    (await waiting[0]).release()
-    (await quiet).release()
+    # The key that has had no slot yet comes first.
+    (await asyncio.wait_for(quiet, 5)).release()
+    (await asyncio.wait_for(waiting[0], 5)).release()
     assert table.usage(0) == (0, 1, 0)
     asyncio.get_running_loop().remove_reader(read)
     os.close(read)
