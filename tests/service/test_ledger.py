@@ -445,6 +445,9 @@ def test_a_token_s_models_and_length_hold_everywhere(service: Service, upstream:
     assert post(service, chat("relay"), narrow).status == 200
     refused = post(service, chat("tiny"), narrow)
     assert (refused.status, refused.json()["error"]["code"]) == (403, "model_not_allowed")
+    refused = post(service, {"model": "tiny", "content": "Hello"}, narrow, "/tokenize")
+    assert (refused.status, refused.json()["error"]["code"]) == (403, "model_not_allowed")
+    assert post(service, chat("relay-thinking"), narrow).status == 200
 
 
 # Where nothing can be written

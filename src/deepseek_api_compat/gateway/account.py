@@ -92,13 +92,6 @@ class Account:
         self._reserved = False
         self._sent = self._checked = 0
 
-    def check_model(self, pool: ModelPool, name: str) -> None:
-        """Raises PermissionDenied for a model that the key, or its token, may not use."""
-        allowed = self.principal.models
-        if allowed is not None and name not in allowed and pool.name not in allowed:
-            message = f"This key may not use the model {name}."
-            raise PermissionDenied(message, param="model", code="model_not_allowed")
-
     def limit(self, wanted: int | None) -> int | None:
         """Most tokens of each answer: what was asked for, as far as a temporary token allows it."""
         cap = self.principal.max_tokens
@@ -214,6 +207,14 @@ class Account:
 
     def _ms(self) -> int:
         return int((time.monotonic() - self.tally.start) * 1000)
+
+
+def check_model(principal: Principal, pool: ModelPool) -> None:
+    """Raises PermissionDenied for a model that the key, or its token, may use under none of its names."""
+    allowed = principal.models
+    if allowed is not None and allowed.isdisjoint((pool.name, *pool.settings.aliases)):
+        message = f"This key may not use the model {pool.name}."
+        raise PermissionDenied(message, param="model", code="model_not_allowed")
 
 
 def outcome_of(tally: Tally, cancelled: str | None) -> Outcome:

@@ -20,7 +20,7 @@ from deepseek_api_compat.errors import (
     ModelNotFound,
 )
 from deepseek_api_compat.gateway import metrics, openapi
-from deepseek_api_compat.gateway.account import Account, Books
+from deepseek_api_compat.gateway.account import Account, Books, check_model
 from deepseek_api_compat.gateway.admin import AdminApi
 from deepseek_api_compat.gateway.chat import ChatService, Events, infill_ids, token_ids
 from deepseek_api_compat.gateway.gate import Call, Route
@@ -128,7 +128,7 @@ class Api:
         body = await call.body()
         request = wire.decode_chat(body, self._limits)
         pool, thinks = self._directory.choose(request.model)
-        account = self._open_account(call, pool, request.model)
+        account = self._open_account(call, pool)
         if thinks is not None:
             request = msgspec.structs.replace(request, thinking=thinks)
         functions = wire.declared_functions(body) if request.tools else None
@@ -165,7 +165,7 @@ class Api:
         body = await call.body()
         request = wire.decode_completion(body, self._limits)
         pool = self._directory.find(request.model)
-        account = self._open_account(call, pool, request.model)
+        account = self._open_account(call, pool)
         out = self._open(call, sse=request.stream)
         if pool.kind == "chat":
             work = relay(
@@ -221,7 +221,7 @@ class Api:
         body = await call.body()
         request = wire.decode_embedding(body, self._limits)
         pool = self._directory.find(request.model)
-        account = self._open_account(call, pool, request.model)
+        account = self._open_account(call, pool)
         if pool.kind == "chat":
             out = self._open(call, sse=False)
             await self._answer(call, out, relay(pool, "/embeddings", body, out, account))
@@ -309,19 +309,21 @@ class Api:
     async def version(self, call: Call) -> None:
         await self._json(call, {"version": __version__})
 
-    def _open_account(self, call: Call, pool: ModelPool, name: str) -> Account:
+    def _open_account(self, call: Call, pool: ModelPool) -> Account:
         """The account of a request for a model. Raises PermissionDenied if its key may not use that."""
         assert call.principal is not None, "these routes need a key"
         assert call.grant is not None, "the gate has admitted it"
         call.tally.model = pool.name
         account = Account(self._books, call.id, call.principal, call.grant, call.tally, call.headers)
         call.account = account
-        account.check_model(pool, name)
+        check_model(call.principal, pool)
         return account
 
     def _token_pool(self, call: Call, name: str | None) -> ModelPool:
         pool = self._directory.pools[0] if name is None else self._directory.find(name)
         call.tally.model = pool.name
+        assert call.principal is not None, "these routes need a key"
+        check_model(call.principal, pool)
         if pool.kind != "token":
             raise InvalidRequest(
                 f"{pool.name} is served by an upstream that gives no access to its tokens.", param="model"
