@@ -23,6 +23,13 @@ def chat_upstream() -> Iterator[ChatUpstream]:
     upstream.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_new(chat_upstream: ChatUpstream) -> None:
+    """No module inherits what the one before it had the upstream play."""
+    chat_upstream.health = 200
+    chat_upstream.play(answering_all)
+
+
 @pytest.fixture
 def upstream(chat_upstream: ChatUpstream) -> ChatUpstream:
     """The upstream of the relays, healthy and with nothing recorded."""
