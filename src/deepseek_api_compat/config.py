@@ -113,6 +113,7 @@ class EngineSettings(Section, frozen=True):
     concurrency: int = 0
     connect_timeout: float = 5.0
     read_timeout: float = 600.0
+    stall_timeout: float = 120.0
 
 
 class ModelLimitSettings(Section, frozen=True):
@@ -140,6 +141,7 @@ class ModelSettings(Section, frozen=True):
     temperature: float = 1.0
     top_p: float = 1.0
     temperature_mapping: bool = False
+    ready_timeout: float = 30.0
     limits: ModelLimitSettings = ModelLimitSettings()
     engines: list[EngineSettings] = []
 
@@ -319,7 +321,9 @@ def _check(settings: Settings) -> None:
         rules.append((0 <= model.temperature <= 2, f"{where}: temperature must be between 0 and 2"))
         rules.append((0 < model.top_p <= 1, f"{where}: top_p must be above 0 and at most 1"))
         rules.append((bool(model.engines), f"{where} has no engine: add a [[models.engines]] table"))
+        rules.append((model.ready_timeout >= 0, f"{where}: ready_timeout can't be negative"))
         for engine in model.engines:
+            rules.append((engine.stall_timeout > 0, f"{where}: stall_timeout must be above 0"))
             if engine.kind == "openai":
                 rules.append((bool(engine.base_url), f"{where}: an engine of kind openai needs base_url"))
             elif engine.kind == "llamacpp":

@@ -14,7 +14,7 @@ import pytest
 
 from deepseek_api_compat.engines import upstream as module
 from deepseek_api_compat.engines.base import Endpoint
-from deepseek_api_compat.engines.upstream import Response, Upstream
+from deepseek_api_compat.engines.upstream import Hung, Response, Upstream
 from deepseek_api_compat.errors import (
     ApiError,
     ConfigError,
@@ -663,7 +663,7 @@ async def test_a_broken_response_is_an_error(raw: bytes) -> None:
         await peer.send(raw)
 
     async with serving(script) as (server, upstream):
-        assert type(await failure(upstream)) is EngineFailed
+        assert isinstance(await failure(upstream), EngineFailed)
         assert not upstream._idle
         assert server.connections == 1
 
@@ -702,7 +702,7 @@ async def test_what_arrived_before_the_break_is_handed_out_first() -> None:
 
 @pytest.mark.parametrize(
     ("said", "kind"),
-    [(b"", EngineTimeout), (b"HTTP/1.1 200 OK\r\n", EngineTimeout), (chunked(b"a", end=False), EngineFailed)],
+    [(b"", EngineTimeout), (b"HTTP/1.1 200 OK\r\n", EngineTimeout), (chunked(b"a", end=False), Hung)],
     ids=["before", "in the headers", "in the body"],
 )
 async def test_silence_is_a_timeout(said: bytes, kind: type[ApiError]) -> None:
@@ -769,3 +769,17 @@ async def test_tls(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (status, len(body)) == (200, 1_000_001)
         assert server.connections == before + 1
         await upstream.close()
+
+
+async def test_a_silence_in_the_middle_may_be_allowed_less_than_the_one_before() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(chunked(b"first", end=False))
+        await peer.closed()
+
+    async with serving(script) as (server, upstream):
+        async with await upstream.request("GET", "/") as response:
+            assert await response.chunk() == b"first"
+            response.expect_within(0.2)
+            with pytest.raises(Hung, match=r"0\.2 seconds"):
+                await response.chunk()

@@ -311,3 +311,39 @@ async def test_who_is_displaced_is_told(memory, table):
     asyncio.get_running_loop().remove_reader(read)
     os.close(read)
     os.close(write)
+
+
+def test_an_answer_that_lost_its_engine_comes_first_and_is_never_refused(table):
+    table.set_capacity(0, 0, 1)
+    table.acquire(0, 0, 3)
+    waiting = [table.acquire(0, 0, 3, key=key).ticket for key in (1, 1, 2)]
+    with pytest.raises(RateLimited):
+        table.acquire(0, 0, 3, key=1)
+    urgent = [table.acquire(0, 0, 3, key=1, urgent=True).ticket for _ in range(2)]
+    # A key that holds less gets in at the cost of the newest ticket of key 1 that is not urgent.
+    table.acquire(0, 0, 3, key=3)
+    assert table.displaced(0, waiting[1])
+    for ticket in urgent:
+        assert table.granted(0, ticket) == -1
+        table.release(0, 0, 0, 1.0)
+        assert table.granted(0, ticket) == 0
+
+
+def test_a_replica_that_failed_is_leased_no_more_until_its_capacity_is_set_again(table):
+    table.set_capacity(0, 0, 2)
+    before = table.generation(0, 0)
+    assert table.acquire(0, 0, 10).replica == 0
+    assert table.suspend(0, 0, before)
+    assert not table.suspend(0, 0, before), "once is enough"
+    ticket = table.acquire(0, 1, 10).ticket
+    assert table.granted(0, ticket) == -1
+    assert table.set_capacity(0, 0, 2) == {1}
+    assert table.granted(0, ticket) == 0
+    assert not table.suspend(0, 0, before), "what failed was the one before"
+    assert table.load(0) == [(2, 2), (0, 0)]
+
+
+def test_replicas_are_tried_in_the_order_that_is_asked_for(table):
+    table.set_capacity(0, 0, 5)
+    table.set_capacity(0, 1, 1)
+    assert [table.acquire(0, 0, 10, order=(1, 0)).replica for _ in range(2)] == [1, 0]

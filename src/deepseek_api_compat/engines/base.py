@@ -90,7 +90,8 @@ class TokenEngine(Protocol):
 class EngineState(msgspec.Struct, frozen=True):
     """A replica as the supervisor sees it; pushed to workers, printed by `engines list`.
 
-    state: starting | ready | failed | stopped (backoff counts as starting).
+    state: starting | ready | doubtful (it failed a request, and is looked at) | failed | stopped (backoff
+    counts as starting).
     """
 
     model: str

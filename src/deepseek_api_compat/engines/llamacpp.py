@@ -32,7 +32,7 @@ from deepseek_api_compat.engines.base import Endpoint, ModelInfo, TokenEngine
 from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.engines.plain_text import PlainText
 from deepseek_api_compat.engines.process import ManagedProcess
-from deepseek_api_compat.engines.upstream import Upstream
+from deepseek_api_compat.engines.upstream import Lost, Upstream
 from deepseek_api_compat.errors import ConfigError, EngineFailed, InvalidRequest, ModelError
 from deepseek_api_compat.models import checkpoint
 from deepseek_api_compat.protocol.grammar import Grammar
@@ -63,7 +63,9 @@ class LlamaCpp:
         known: ModelInfo | None = None,
         connect_timeout: float = 5.0,
         read_timeout: float = 600.0,
+        stall_timeout: float = 120.0,
     ) -> None:
+        self._stall_timeout = stall_timeout
         self._upstream = Upstream(endpoint, connect_timeout=connect_timeout, read_timeout=read_timeout)
         self._known = known is not None and bool(known.controls)  # all control tokens are
         self._controls: dict[str, int | None] = dict(known.controls) if known else {}
@@ -133,7 +135,7 @@ class LlamaCpp:
             if response.status != 200:
                 raise wire.refusal(response.status, await response.read())
             events = wire.EventReader()
-            top, made = job.top_logprobs, 0
+            top, made, heard = job.top_logprobs, 0, False
             while data := await response.chunk():
                 pieces = []
                 for event in events.feed(data):
@@ -148,8 +150,11 @@ class LlamaCpp:
                         yield pieces
                         return
                 if pieces:
+                    if not heard:
+                        heard = True
+                        response.expect_within(self._stall_timeout)
                     yield pieces
-            raise EngineFailed("The engine ended its answer before it was complete.")
+            raise Lost("The engine ended its answer before it was complete.")
         finally:
             response.close()
 

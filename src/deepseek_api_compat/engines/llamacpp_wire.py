@@ -63,7 +63,8 @@ def completion_body(job: Job) -> dict[str, Any]:
     }
     bias = dict(sampling.logit_bias)
     if sampling.frequency_penalty:
-        for token, times in Counter(job.prompt_ids).items():
+        # The server counts the prompt too. What of it is the answer's counts rightly.
+        for token, times in Counter(job.prompt_ids[: len(job.prompt_ids) - job.sent]).items():
             bias[token] = bias.get(token, 0.0) + times * sampling.frequency_penalty
     body["logit_bias"] = list(bias.items())
     if job.markers:

@@ -120,6 +120,11 @@ class ManagedProcess:
             self._leave.clear()
             self._task = asyncio.get_running_loop().create_task(self._run())
 
+    def kill(self) -> None:
+        """End this life at once, as of a process that hangs; the next one begins as after any death."""
+        if self.pid is not None:
+            _signal_group(self.pid, signal.SIGKILL)
+
     async def stop(self, grace: float = 5.0) -> None:
         """SIGTERM, SIGKILL after `grace` seconds; returns when the process is gone."""
         if self._task is not None:

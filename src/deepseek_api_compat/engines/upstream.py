@@ -50,13 +50,21 @@ class Unanswered(EngineUnavailable):
     """The connection closed before the first byte of a response: perhaps the request was never seen."""
 
 
+class Lost(EngineFailed):
+    """The connection broke or made no sense in the middle of a response: the engine may be dead."""
+
+
+class Hung(Lost):
+    """Nothing came for too long in the middle of a response."""
+
+
 class Response:
     """The answer to one request: `status` and `headers` (lower-cased names; of a repeated one the last), then
     the body, for one reader.
 
     `close()` it in any case (or use `async with`): a body left unread keeps its connection from the pool.
-    A body that breaks off raises EngineFailed after its last bytes were handed out; silence for
-    `read_timeout` seconds does too.
+    A body that breaks off raises `Lost` after its last bytes were handed out; silence for `read_timeout`
+    seconds does too, or for as long as `expect_within` says.
     """
 
     __slots__ = ("_connection", "_error", "_rest", "headers", "status")
@@ -84,6 +92,11 @@ class Response:
             self.close()
             raise
         return connection.take()
+
+    def expect_within(self, seconds: float) -> None:
+        """From now on no silence may last longer than so many seconds."""
+        if self._connection is not None:
+            self._connection.expect_within(seconds)
 
     async def read(self, limit: int = MAX_BODY) -> bytes:
         """The whole body. Raises EngineFailed when it is longer than `limit` bytes."""
@@ -141,6 +154,7 @@ class _Connection(asyncio.Protocol):
         "_loop",
         "_now",
         "_parser",
+        "_patience",
         "_paused",
         "_pool",
         "_response",
@@ -175,6 +189,7 @@ class _Connection(asyncio.Protocol):
         self._reusable = False
         self._unread = 0  # bytes that came since the reader last took some
         self._paused = False
+        self._patience = pool.read_timeout  # seconds that the request in flight allows for a silence
         self.heard = 0.0  # loop time of the last progress
         self.parts: list[bytes] = []
         self.sending = False  # a large body is on its way
@@ -189,8 +204,9 @@ class _Connection(asyncio.Protocol):
     def start(self, head_only: bool, data: bytes) -> Response:
         """Send a request (or the head of a large one) and become busy."""
         now = self.heard = self._now()
+        self._patience = self._pool.read_timeout
         if self._timer is None:
-            self._timer = self._loop.call_at(now + self._pool.read_timeout, self._check)
+            self._timer = self._loop.call_at(now + self._patience, self._check)
         self._status = self._unread = 0
         self._head_only = head_only
         self._begun = self._complete = self._reusable = False
@@ -198,6 +214,13 @@ class _Connection(asyncio.Protocol):
         response = self._response = Response(self)
         self.transport.write(data)
         return response
+
+    def expect_within(self, seconds: float) -> None:
+        """Set the longest silence of the request in flight."""
+        if seconds < self._patience and self._timer is not None:
+            self._timer.cancel()
+            self._timer = self._loop.call_at(self._now() + seconds, self._check)
+        self._patience = seconds
 
     def arrival(self) -> asyncio.Future[None]:
         """A future that is done when something has changed: bytes, the end, or room to write."""
@@ -242,7 +265,7 @@ class _Connection(asyncio.Protocol):
             self._feed(data)
         except (HttpParserError, HttpParserUpgrade) as error:
             if not self._complete:
-                self.fail(EngineFailed(f"The engine sent malformed HTTP ({error})."))
+                self.fail(Lost(f"The engine sent malformed HTTP ({error})."))
                 return
             self._reusable = False
         if self._complete:
@@ -270,7 +293,7 @@ class _Connection(asyncio.Protocol):
         elif self._status and exc is None and _ends_at_eof(self._response.headers):
             self._end(None)
         else:
-            self._end(EngineFailed("The engine broke off in the middle of its answer."))
+            self._end(Lost("The engine broke off in the middle of its answer."))
         if self._timer is not None:
             self._timer.cancel()
         self._pool.forget(self)
@@ -358,12 +381,12 @@ class _Connection(asyncio.Protocol):
         if self._response is None:
             return
         now = self._now()
-        due = (now if self._paused else self.heard) + self._pool.read_timeout
+        due = (now if self._paused else self.heard) + self._patience
         if due > now:
             self._timer = self._loop.call_at(due, self._check)
             return
-        message = f"The engine sent nothing for {self._pool.read_timeout:g} seconds."
-        self.fail(EngineFailed(message) if self._status else EngineTimeout(message))
+        message = f"The engine sent nothing for {self._patience:g} seconds."
+        self.fail(Hung(message) if self._status else EngineTimeout(message))
 
 
 class Upstream:
@@ -374,8 +397,8 @@ class Upstream:
     just been sent on it, that request goes out once more, on a fresh connection.
 
     Raises EngineUnavailable when the engine can't be reached or closes before the first byte of its answer,
-    EngineTimeout when it stays silent before its headers are complete, EngineFailed for what goes wrong
-    later. Messages name the address, never a header.
+    EngineTimeout when it stays silent before its headers are complete, `Lost` (`Hung` for a silence) for
+    what goes wrong later. Messages name the address, never a header.
     """
 
     def __init__(

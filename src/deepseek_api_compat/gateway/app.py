@@ -19,7 +19,7 @@ from deepseek_api_compat.gateway.gate import Gate
 from deepseek_api_compat.gateway.journal import Journal
 from deepseek_api_compat.gateway.journal_files import JOURNALS
 from deepseek_api_compat.gateway.local_limits import LocalLimiter
-from deepseek_api_compat.gateway.pool import ModelPool
+from deepseek_api_compat.gateway.pool import Doubt, ModelPool
 from deepseek_api_compat.gateway.prices import Prices
 from deepseek_api_compat.gateway.redis_limits import RedisLimiter
 from deepseek_api_compat.gateway.response import Pulse
@@ -85,8 +85,9 @@ class Application:
         my_fd: int,
         created: int,
         ask: AskFor,
+        on_doubt: Doubt,
     ) -> None:
-        """`ask`: an operation by the supervisor."""
+        """`ask`: an operation by the supervisor, who is told of doubtful replicas by `on_doubt`."""
         limits = settings.limits
         self._leases = Leases(
             slot_table(settings, memory),
@@ -96,7 +97,10 @@ class Application:
             max_queue=limits.max_queue,
             timeout=limits.queue_timeout,
         )
-        self._pools = [ModelPool(index, model, self._leases) for index, model in enumerate(settings.models)]
+        self._pools = [
+            ModelPool(index, model, self._leases, on_doubt=on_doubt)
+            for index, model in enumerate(settings.models)
+        ]
         self.limiter = shared_limiter(settings, local_limiter(settings, memory, worker), worker)
         self.pulse = Pulse(settings.server.first_event_timeout, settings.server.keep_alive_interval)
         directory = ModelDirectory(self._pools, created)

@@ -77,6 +77,17 @@ class Drain(Message, frozen=True):
     """Finish the requests in flight, take no new ones, exit."""
 
 
+class Doubt(Message, frozen=True):
+    """A replica failed a request and may be dead, or hang (`hung`).
+
+    It gets no more work until the supervisor says how it is.
+    """
+
+    pool: int
+    replica: int
+    hung: bool
+
+
 class Started(Message, frozen=True):
     """The worker accepts connections."""
 
@@ -111,7 +122,7 @@ class Answer(Message, frozen=True):
 
 
 AnyMessage = Union[  # noqa: UP007 - evaluated on Python 3.10
-    Hello, Keys, Engines, Intake, Certificate, Drain, Started, Acknowledged, Ask, Answer
+    Hello, Keys, Engines, Intake, Certificate, Drain, Doubt, Started, Acknowledged, Ask, Answer
 ]
 
 _encoder = msgspec.json.Encoder()

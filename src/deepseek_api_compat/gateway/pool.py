@@ -6,23 +6,31 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
+import msgspec
+
 from deepseek_api_compat.config import ModelSettings
 from deepseek_api_compat.engines.base import EngineState, ModelInfo, TokenEngine
 from deepseek_api_compat.engines.llamacpp import LlamaCpp
-from deepseek_api_compat.engines.upstream import Unanswered, Upstream
-from deepseek_api_compat.errors import EngineUnavailable
+from deepseek_api_compat.engines.upstream import Hung, Lost, Upstream
+from deepseek_api_compat.errors import ApiError, EngineFailed, EngineTimeout, EngineUnavailable
 from deepseek_api_compat.gateway.slots import Lease, Leases
+from deepseek_api_compat.protocol.continuation import Continuation
 from deepseek_api_compat.protocol.job import Job, Piece
 
 CHAT_KINDS = frozenset({"openai"})
-NOTICE_TIME = 0.5  # seconds in which the supervisor has surely noticed the death of an engine
+# A job that has met so many failures without a token in between may be their cause: before its first token,
+# and after it, when somebody is reading already.
+MOST_FAILURES, MOST_FAILURES_BEGUN = 2, 3
+Doubt = Callable[[int, int, bool], None]
 
 
 class ModelPool:
     """One configured model. `kind` is "token" or "chat"; a model has engines of one of them.
 
-    Failure policy: a job that has not begun waits for a replica up to `ready_timeout` seconds, then
-    EngineUnavailable; a job that has begun ends with the engine's error.
+    Failure policy: a job whose engine dies, hangs or breaks its protocol goes to another replica, or to that
+    one when it is back: from its start, or behind the ids that were passed on. It waits as long as
+    `ready_timeout` says for a replica to be ready, then EngineUnavailable. A job that meets `MOST_FAILURES`
+    in a row, with no token in between, ends with the engine's error.
     """
 
     def __init__(
@@ -31,8 +39,9 @@ class ModelPool:
         settings: ModelSettings,
         leases: Leases,
         *,
-        ready_timeout: float = 30.0,
+        on_doubt: Doubt = lambda pool, replica, hung: None,
     ) -> None:
+        """`on_doubt(pool, replica, hung)` is told of a replica that should be looked after."""
         self.index = index
         self.settings = settings
         self.name = settings.name
@@ -40,7 +49,8 @@ class ModelPool:
         # No cap on a chat upstream unless one is configured, so no slot is leased for it either.
         self.leased = self.kind == "token" or any(engine.concurrency for engine in settings.engines)
         self._leases = leases
-        self._ready_timeout = ready_timeout
+        self._ready_timeout = settings.ready_timeout
+        self._on_doubt = on_doubt
         self._states: dict[int, EngineState] = {}
         self._engines: dict[int, TokenEngine] = {}
         self._upstreams: dict[int, Upstream] = {}
@@ -109,10 +119,13 @@ class ModelPool:
     def state_of(self, replica: int) -> EngineState:
         return self._states[replica]
 
-    async def lease(self, key: int = 0) -> Lease:
-        """A slot of a ready replica, fairly among keys. Raises RateLimited, EngineUnavailable."""
+    async def lease(self, key: int = 0, *, urgent: bool = False) -> Lease:
+        """A slot of a ready replica, fairly among keys; `urgent`: before all who wait.
+
+        Raises RateLimited, EngineUnavailable, EngineTimeout.
+        """
         await self.any_ready()
-        return await self._leases.acquire(self.index, key)
+        return await self._leases.acquire(self.index, key, urgent=urgent)
 
     async def stream(
         self, job: Job, key: int = 0, on_lease: Callable[[int], Awaitable[None]] | None = None
@@ -120,32 +133,38 @@ class ModelPool:
         """Pieces of the answer, in the groups in which they arrived; the slot is free when this closes.
 
         `key` is whose slot it is, for fairness; `on_lease` is told the replica before it hears of the job.
-
-        A job that an engine dies on before it answers goes once more to the next one that is ready.
         """
-        deaths = 0
-        begun = False
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._ready_timeout
-        while True:
-            lease = await self.lease(key)
+        answer = Continuation(job)
+        failures = 0
+        while (last := answer.ended()) is None:
+            rest, begun = answer.rest(), len(answer.ids)
+            lease = await self.lease(key, urgent=answer.begun)
             try:
                 if on_lease is not None:
                     await on_lease(lease.replica)
-                async with aclosing(self._engine(lease.replica).stream(job)) as pieces:
+                async with aclosing(self._engine(lease.replica).stream(rest)) as pieces:
                     async for group in pieces:
-                        begun = True
-                        yield group
+                        yield answer.take(group)
                 return
-            except EngineUnavailable as error:
-                deaths += isinstance(error, Unanswered)
-                # A job that has met two deaths may be their cause.
-                if begun or deaths > 1 or loop.time() >= deadline:
+            except (EngineUnavailable, EngineFailed, EngineTimeout) as error:
+                self._doubt(lease, error)
+                failures = failures + 1 if len(answer.ids) == begun else 1
+                most = MOST_FAILURES_BEGUN if answer.begun else MOST_FAILURES
+                if failures >= most or not answer.can_continue:
                     raise
-                # Soon the supervisor knows too. Until then the slot is kept, or all who queue would follow.
-                await self._change(NOTICE_TIME)
             finally:
                 lease.release()
+        yield [last]
+
+    def _doubt(self, lease: Lease, error: ApiError) -> None:
+        """What failed like this gets no more work until the supervisor has looked at it."""
+        if isinstance(error, EngineFailed) and not isinstance(error, Lost):
+            return  # it has answered, if only that it failed: perhaps it was the request
+        if self._leases.suspend(lease):
+            # Until the supervisor's next word, which comes in any case.
+            state = self._states[lease.replica]
+            self._states[lease.replica] = msgspec.structs.replace(state, state="doubtful")
+            self._on_doubt(self.index, lease.replica, isinstance(error, (EngineTimeout, Hung)))
 
     def usage(self) -> tuple[int, int, int]:
         return self._leases.usage(self.index)
@@ -160,6 +179,7 @@ class ModelPool:
                 known=state.info,
                 connect_timeout=config.connect_timeout,
                 read_timeout=config.read_timeout,
+                stall_timeout=config.stall_timeout,
             )
         return engine
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,7 +18,9 @@ from deepseek_api_compat.errors import ApiError, ConfigError, ModelError
 from deepseek_api_compat.models import checkpoint
 from deepseek_api_compat.protocol.deepseek.detect import unmet
 
-PROBE_INTERVAL = 5.0
+PROBE_INTERVAL = 5.0  # seconds between two looks at a replica that is ready
+PROBE_TIMEOUT = 10.0  # seconds in which it should answer the simplest question
+MISSED = 3  # such questions in a row without an answer: it hangs
 UNLIMITED = 1 << 30
 
 
@@ -39,6 +41,7 @@ class Replica(ABC):
         self.info: ModelInfo | None = None
         self.endpoint = Endpoint()
         self._on_change = on_change
+        self._examination: asyncio.Future[None] | None = None
 
     def describe(self) -> EngineState:
         return EngineState(
@@ -52,6 +55,22 @@ class Replica(ABC):
     @abstractmethod
     async def stop(self) -> None:
         """End; nothing of the replica is left afterwards."""
+
+    def doubt(self, hung: bool) -> None:
+        """A worker lost a request to it, which died, or hangs (`hung`), or only a connection broke.
+
+        Nobody gives it work until the next word about it. That comes in any case: at once where something is
+        known already, else when it was looked at.
+        """
+        if self.state == "ready":
+            self._set("doubtful", "It hangs." if hung else "It failed a request.")
+            self._examination = asyncio.ensure_future(self._examine(hung))
+        else:
+            self._on_change(self)
+
+    @abstractmethod
+    async def _examine(self, hung: bool) -> None:
+        """Find out whether it works, and leave the state "doubtful"."""
 
     def _set(self, state: str, detail: str) -> None:
         if (state, detail) != (self.state, self.detail):
@@ -93,6 +112,9 @@ class WatchedUpstream(Replica):
         while True:
             await asyncio.sleep(PROBE_INTERVAL if self.state == "ready" else 1.0)
             await self._probe()
+
+    async def _examine(self, hung: bool) -> None:
+        await self._probe()
 
     async def _probe(self) -> None:
         """Ready means: it answers HTTP and accepts our key. A 404 is an upstream without /models."""
@@ -160,14 +182,62 @@ class ManagedEngine(Replica):
             on_change=self._follow,
         )
 
+        self._settings = settings
+        self._watch: asyncio.Future[None] | None = None
+
     async def start(self) -> None:
         if problem := await asyncio.to_thread(self._problem):
             self._set("failed", problem)
         else:
             self._process.start()
+            self._watch = asyncio.ensure_future(self._keep_asking())
 
     async def stop(self) -> None:
+        for task in (self._watch, self._examination):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         await self._process.stop()
+
+    async def _examine(self, hung: bool) -> None:
+        """Kill it if it gives no answer: to the simplest question, or if it hung, to a prompt.
+
+        A death of its own leaves the state "doubtful" too.
+        """
+        pid = self._process.pid
+        patience = self._settings.stall_timeout if hung else PROBE_TIMEOUT
+        problem = await self._ask(llamacpp.ready if hung else llamacpp.LlamaCpp.info, patience)
+        if self.state == "doubtful" and self._process.pid == pid:
+            if problem:
+                self._process.kill()
+            else:
+                self._set("ready", "")
+
+    async def _keep_asking(self) -> None:
+        """An engine that hangs while nobody needs it is found, too."""
+        missed = 0
+        while True:
+            await asyncio.sleep(PROBE_INTERVAL)
+            problem = self.state == "ready" and await self._ask(llamacpp.LlamaCpp.info, PROBE_TIMEOUT)
+            missed = missed + 1 if problem else 0
+            if missed >= MISSED:
+                missed = 0
+                self.doubt(False)
+
+    async def _ask(
+        self, question: Callable[[llamacpp.LlamaCpp], Awaitable[ModelInfo]], patience: float
+    ) -> str:
+        """Why it gave no answer within `patience` seconds; "" if it did."""
+        engine = llamacpp.LlamaCpp(self.endpoint, read_timeout=patience)
+        try:
+            await asyncio.wait_for(question(engine), patience)
+            return ""
+        except asyncio.TimeoutError:
+            return f"It gave no answer within {patience:g} s."
+        except ApiError as error:
+            return error.message
+        finally:
+            await engine.close()
 
     def _problem(self) -> str:
         """Why this model's prompts can't be written, which no new start would change; "" if they can."""

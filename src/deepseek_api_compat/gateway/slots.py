@@ -11,10 +11,15 @@ doing if it dies while it grants a slot to another, so that the next who comes f
 
     head, tail, waiting, seconds     queue positions; live tickets; mean lease time (float)
     turn                             leases ever granted
-    replicas x (capacity, workers x leases)
+    replicas x (capacity, generation, workers x leases)
     workers x KEYS x leases          the same leases by key
     KEYS x turn                      when a key got its last one
     QUEUE x ticket                   state | worker << 8 | key << 16 | replica << 32, at position modulo QUEUE
+
+An answer that has begun and lost its engine draws an *urgent* ticket (bit 32 while it waits): it is served
+before all others, it is never refused and never gives way. A replica that a worker finds dead gets no more
+leases at once (`suspend`): its capacity becomes 0, unless the supervisor has set it anew since that worker
+got its lease, which the replica's generation tells.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ QUEUE = 8192  # at least twice as many as may wait
 PASSED_OVER = QUEUE // 2  # later tickets that may be served before one: then it is served next
 KEYS = 4096  # two keys whose numbers differ by a multiple of this count as one
 WAITING, GRANTED, GONE, DISPLACED = 1, 2, 3, 4
+URGENT = 1 << 32
 HEAD, TAIL, LIVE, SECONDS, TURN, REPLICAS = range(6)
 # A grant under way: ticket + 1, its pool and replica, and what both counts of leases are to become.
 GRANTING, POOL, REPLICA, LEASES, KEY_LEASES, FIRST_POOL = range(6)
@@ -65,7 +71,7 @@ class SlotTable:
         self._floats = memory.floats
         self._workers = workers
         self._replicas = list(pools)
-        self._stride = 1 + workers
+        self._stride = 2 + workers
         self._first = offset
         self._base: list[int] = []
         offset += FIRST_POOL
@@ -80,7 +86,7 @@ class SlotTable:
 
     @staticmethod
     def _cells_of(replicas: int, workers: int) -> int:
-        return REPLICAS + replicas * (1 + workers) + (workers + 1) * KEYS + QUEUE
+        return REPLICAS + replicas * (2 + workers) + (workers + 1) * KEYS + QUEUE
 
     def __enter__(self) -> None:
         self._memory.__enter__()
@@ -92,16 +98,27 @@ class SlotTable:
     ) -> None:
         self._memory.__exit__(kind, error, trace)
 
-    def acquire(self, pool: int, worker: int, max_queue: int, key: int = 0) -> Place:
+    def acquire(
+        self,
+        pool: int,
+        worker: int,
+        max_queue: int,
+        key: int = 0,
+        *,
+        urgent: bool = False,
+        order: Sequence[int] = (),
+    ) -> Place:
         """A slot if one is free, else a place in the queue. Raises RateLimited if the queue is full.
 
-        A full queue makes room for a key that holds less than another, at the cost of its newest ticket.
+        A full queue makes room for a key that holds less than another, at the cost of its newest ticket; an
+        urgent one gets in all the same. `order`: the replicas to take a free slot of, the best first; without
+        it, and if none of them has one, that with the most free slots.
         """
         key %= KEYS
         with self:
             base = self._base[pool]
             if self._cells[base + LIVE] == 0:
-                replica = self._free_replica(pool)
+                replica = self._free_replica(pool, order)
                 if replica >= 0:
                     self._lease(pool, replica, worker, key, 1)
                     self._take_turn(pool, key)
@@ -110,9 +127,11 @@ class SlotTable:
             tail = self._cells[base + TAIL]
             if tail - self._cells[base + HEAD] >= QUEUE:
                 raise self._full(pool)
-            if self._cells[base + LIVE] >= max_queue:
+            if self._cells[base + LIVE] >= max_queue and not urgent:
                 woken = self._displace(pool, key)
-            self._cells[self._ticket_cell(pool, tail)] = WAITING | worker << 8 | key << 16
+            self._cells[self._ticket_cell(pool, tail)] = (
+                WAITING | worker << 8 | key << 16 | (URGENT if urgent else 0)
+            )
             self._cells[base + TAIL] = tail + 1
             self._cells[base + LIVE] += 1
             return Place(-1, tail, woken)
@@ -154,8 +173,30 @@ class SlotTable:
 
     def set_capacity(self, pool: int, replica: int, slots: int) -> set[int]:
         with self:
-            self._cells[self._replica_cell(pool, replica)] = slots
+            cell = self._replica_cell(pool, replica)
+            self._cells[cell] = slots
+            self._cells[cell + 1] += 1
             return self._grant(pool)
+
+    def generation(self, pool: int, replica: int) -> int:
+        """How often the capacity has been set. No lock: the cell is read at once."""
+        return self._cells[self._replica_cell(pool, replica) + 1]
+
+    def suspend(self, pool: int, replica: int, generation: int) -> bool:
+        """Lease no more slots of a replica until its capacity is set again; False if that has been done."""
+        with self:
+            cell = self._replica_cell(pool, replica)
+            if self._cells[cell + 1] != generation or self._cells[cell] == 0:
+                return False
+            self._cells[cell] = 0
+            return True
+
+    def load(self, pool: int) -> list[tuple[int, int]]:
+        """(slots in use, slots in all) of each replica. No lock: good enough to choose by."""
+        return [
+            (self._used(pool, replica), self._cells[self._replica_cell(pool, replica)])
+            for replica in range(self._replicas[pool])
+        ]
 
     def forget_worker(self, worker: int) -> set[int]:
         """Take back all that a dead worker held or waited for."""
@@ -188,7 +229,7 @@ class SlotTable:
         return self._base[pool] + REPLICAS + replica * self._stride
 
     def _lease_cell(self, pool: int, replica: int, worker: int) -> int:
-        return self._replica_cell(pool, replica) + 1 + worker
+        return self._replica_cell(pool, replica) + 2 + worker
 
     def _key_cell(self, pool: int, worker: int, key: int) -> int:
         return self._replica_cell(pool, self._replicas[pool]) + worker * KEYS + key
@@ -228,11 +269,14 @@ class SlotTable:
         return [(head + place, value) for place, value in enumerate(values) if value & 0xFF == WAITING]
 
     def _used(self, pool: int, replica: int) -> int:
-        first = self._replica_cell(pool, replica) + 1
+        first = self._replica_cell(pool, replica) + 2
         return sum(self._cells[first : first + self._workers])
 
-    def _free_replica(self, pool: int) -> int:
-        """The replica with the most free slots, or -1."""
+    def _free_replica(self, pool: int, order: Sequence[int] = ()) -> int:
+        """The first of `order` that has a free slot, else the replica with the most, or -1."""
+        for replica in order:
+            if self._cells[self._replica_cell(pool, replica)] > self._used(pool, replica):
+                return replica
         best, most = -1, 0
         for replica in range(self._replicas[pool]):
             free = self._cells[self._replica_cell(pool, replica)] - self._used(pool, replica)
@@ -285,12 +329,14 @@ class SlotTable:
             return waiting[0]
         oldest: dict[int, tuple[int, int]] = {}
         for entry in waiting:
+            if entry[1] & URGENT:
+                return entry
             oldest.setdefault(entry[1] >> 16, entry)
         return min(oldest.values(), key=lambda entry: (*self._share(pool, entry[1] >> 16), entry[0]))
 
     def _displace(self, pool: int, key: int) -> frozenset[int]:
         """Make room for a ticket of `key`; the worker to wake. Raises RateLimited if nobody holds more."""
-        waiting = self._waiting(pool)
+        waiting = [entry for entry in self._waiting(pool) if not entry[1] & URGENT]
         holds = Counter(value >> 16 for _, value in waiting)
         for other in {*holds, key}:
             holds[other] += self._leases_of(pool, other)
@@ -320,11 +366,12 @@ class SlotTable:
 class Lease:
     """One slot of one replica, to be given back exactly once."""
 
-    __slots__ = ("_leases", "_since", "key", "pool", "replica")
+    __slots__ = ("_leases", "_since", "generation", "key", "pool", "replica")
 
-    def __init__(self, leases: Leases, pool: int, replica: int, key: int) -> None:
+    def __init__(self, leases: Leases, pool: int, replica: int, key: int, generation: int) -> None:
         self._leases: Leases | None = leases
         self._since = time.monotonic()
+        self.generation = generation
         self.pool = pool
         self.replica = replica
         self.key = key
@@ -363,13 +410,17 @@ class Leases:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         loop.add_reader(self._my_fd, self._on_wake)
 
-    async def acquire(self, pool: int, key: int = 0) -> Lease:
-        """Wait for a slot for the key with this number.
+    async def acquire(
+        self, pool: int, key: int = 0, *, urgent: bool = False, order: Sequence[int] = ()
+    ) -> Lease:
+        """Wait for a slot for the key with this number; `urgent` and `order` as in `SlotTable.acquire`.
 
         Raises RateLimited if the queue is full, or if the place in it must go to a key that holds less;
         EngineTimeout after too long in it.
         """
-        replica, ticket, woken = self._table.acquire(pool, self._worker, self._max_queue, key)
+        replica, ticket, woken = self._table.acquire(
+            pool, self._worker, self._max_queue, key, urgent=urgent, order=order
+        )
         wake(self._wake_fds, woken)
         if ticket >= 0:
             loop = asyncio.get_running_loop()
@@ -386,11 +437,19 @@ class Leases:
             finally:
                 timer.cancel()
                 del self._waiting[pool, ticket]
-        return Lease(self, pool, replica, key)
+        # Read before anything is sent to the replica: what fails from now on is of this generation, or later.
+        return Lease(self, pool, replica, key, self._table.generation(pool, replica))
 
     def give_back(self, lease: Lease, seconds: float) -> None:
         woken = self._table.release(lease.pool, lease.replica, self._worker, seconds, lease.key)
         wake(self._wake_fds, woken)
+
+    def suspend(self, lease: Lease) -> bool:
+        """Whoever waits gets no slot of this lease's replica; False if the supervisor knows already."""
+        return self._table.suspend(lease.pool, lease.replica, lease.generation)
+
+    def load(self, pool: int) -> list[tuple[int, int]]:
+        return self._table.load(pool)
 
     def usage(self, pool: int) -> tuple[int, int, int]:
         return self._table.usage(pool)

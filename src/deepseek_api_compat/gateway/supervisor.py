@@ -210,6 +210,9 @@ class Supervisor:
             worker.send(message)
         self._check_ready()
 
+    def _replica(self, pool: int, number: int) -> Replica:
+        return next(r for r in self._replicas if (r.pool, r.number) == (pool, number))
+
     def _engine_states(self) -> list[EngineState]:
         return [replica.describe() for replica in self._replicas]
 
@@ -329,6 +332,8 @@ class Supervisor:
                 async with self._keys_changed:
                     worker.acknowledged = message.version
                     self._keys_changed.notify_all()
+            elif isinstance(message, channel.Doubt):
+                self._replica(message.pool, message.replica).doubt(message.hung)
             elif isinstance(message, channel.Ask):
                 # Beside: a change of keys waits for this very worker's acknowledgement.
                 task = asyncio.create_task(self._answer(worker.writer, message))

@@ -87,6 +87,7 @@ async def serve(args: argparse.Namespace) -> None:
         my_fd=args.my_fd,
         created=hello.started,
         ask=questions.ask,
+        on_doubt=lambda pool, replica, hung: writer.write(channel.encode(channel.Doubt(pool, replica, hung))),
     )
     application.use_engines(hello.engines)
     application.start()

@@ -27,6 +27,8 @@ class Job(msgspec.Struct, frozen=True):
     """One answer to generate.
 
     prompt_ids: the whole prompt, as the engine's own token ids.
+    sent: how many of the last of them belong to the answer already (it goes on at another engine): penalties
+        count them as such, usage does not count them as made.
     max_tokens: upper bound on generated tokens, already clamped to the context that is left.
     stop: strings that end the answer and are not part of it.
     grammar: what the whole answer must look like; None for any text.
@@ -41,6 +43,7 @@ class Job(msgspec.Struct, frozen=True):
     grammar: Grammar | None = None
     top_logprobs: int | None = None
     markers: tuple[str, ...] = ()
+    sent: int = 0
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -56,7 +59,8 @@ class Piece(msgspec.Struct, frozen=True):
     """What an engine made in one step: usually one token.
 
     ids:    the new token ids (may be empty on the last piece)
-    text:   their text; always whole UTF-8 characters, so it may lag behind `ids`
+    text:   their text, in whole UTF-8 characters: an engine keeps the ids of half a character back until
+            it has all of it
     finish: None while generating; "stop" or "length" on the last piece
     prompt_tokens, cached_tokens, completion_tokens: the engine's own counts, on the last piece
     """

@@ -1,0 +1,81 @@
+"""One answer over the lives of several engines: what has come of it, and the job that makes the rest.
+
+The ids that were passed on go behind the prompt, and the engine goes on from there as if it had made them.
+So the text has no gap and no repeat, and no character is cut: a piece has whole characters, and ids only
+together with their text. `Job.sent` tells the engine which ids of the prompt are the answer's.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from deepseek_api_compat.protocol.job import Job, Piece, Sampling
+
+
+class Continuation:
+    """What engines have made of one job so far."""
+
+    __slots__ = ("_inherited", "_job", "ids")
+
+    def __init__(self, job: Job) -> None:
+        self.ids: list[int] = []
+        self._job = job
+        self._inherited = 0  # ids that the engine at work did not make itself
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.ids)
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether another engine can make the rest. An engine begins every grammar at its root."""
+        return self._job.grammar is None or not self.ids
+
+    def take(self, pieces: list[Piece]) -> list[Piece]:
+        """Note what has come; the same pieces, with the counts of the whole answer on the last."""
+        ids = self.ids
+        for piece in pieces:
+            if piece.ids:
+                ids += piece.ids
+        if self._inherited and pieces[-1].finish is not None:
+            return [*pieces[:-1], self._whole(pieces[-1])]
+        return pieces
+
+    def rest(self) -> Job:
+        """The job of what is still to be made: at first the whole one."""
+        job, sent = self._job, len(self.ids)
+        self._inherited = sent
+        if not sent:
+            return job
+        return msgspec.structs.replace(
+            job,
+            prompt_ids=job.prompt_ids + self.ids,
+            max_tokens=job.max_tokens - sent,
+            sampling=_further(job.sampling, sent),
+            sent=sent,
+        )
+
+    def ended(self) -> Piece | None:
+        """The last piece, if an engine died when only that was missing: there is no token left to make."""
+        if len(self.ids) < self._job.max_tokens:
+            return None
+        return Piece(
+            finish="length", prompt_tokens=len(self._job.prompt_ids), completion_tokens=len(self.ids)
+        )
+
+    def _whole(self, last: Piece) -> Piece:
+        # What was cached of the ids that were sent before is no part of the prompt that was asked.
+        prompt = last.prompt_tokens - self._inherited
+        return msgspec.structs.replace(
+            last,
+            prompt_tokens=prompt,
+            cached_tokens=min(last.cached_tokens, prompt),
+            completion_tokens=last.completion_tokens + self._inherited,
+        )
+
+
+def _further(sampling: Sampling, sent: int) -> Sampling:
+    """The same distribution, and with a seed other random numbers than those that are used up."""
+    if sampling.seed is None:
+        return sampling
+    return msgspec.structs.replace(sampling, seed=(sampling.seed + sent) % 2**63)

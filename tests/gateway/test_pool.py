@@ -1,0 +1,183 @@
+"""A job finds a replica, and another one when that dies: on engines that die when the test says so."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
+
+import pytest
+
+from deepseek_api_compat.config import EngineSettings, ModelSettings
+from deepseek_api_compat.engines.base import Endpoint, EngineState, ModelInfo
+from deepseek_api_compat.engines.upstream import Hung, Lost, Unanswered
+from deepseek_api_compat.errors import (
+    ApiError,
+    EngineFailed,
+    EngineTimeout,
+    EngineUnavailable,
+    InvalidRequest,
+)
+from deepseek_api_compat.gateway.pool import ModelPool
+from deepseek_api_compat.gateway.shared import SharedMemory
+from deepseek_api_compat.gateway.slots import Leases, SlotTable
+from deepseek_api_compat.protocol.grammar import text
+from deepseek_api_compat.protocol.job import Job, Piece
+
+REPLICAS = 3
+ANSWER = list(range(100, 120))
+LOST = Lost("broke off")
+
+
+class Engine:
+    """Makes `ANSWER`, a token at a time; fails after as many of its own as `deaths` says, one life each."""
+
+    def __init__(self, deaths: list[tuple[int, ApiError]]) -> None:
+        self.jobs: list[Job] = []
+        self._deaths = deaths
+
+    async def stream(self, job: Job) -> AsyncGenerator[list[Piece], None]:
+        self.jobs.append(job)
+        after, error = self._deaths.pop(0) if self._deaths else (len(ANSWER), None)
+        rest = ANSWER[job.sent :]
+        for id in rest[:after]:
+            await asyncio.sleep(0)
+            yield [Piece([id], f"<{id}>")]
+        if error is not None:
+            raise error
+        yield [Piece(finish="stop", prompt_tokens=len(job.prompt_ids), completion_tokens=len(rest))]
+
+
+class Pool(ModelPool):
+    """A pool of such engines, all of which take their deaths from one list; and its supervisor."""
+
+    def __init__(self, table: SlotTable, leases: Leases, deaths: list[tuple[int, ApiError]]) -> None:
+        settings = ModelSettings(
+            name="m",
+            ready_timeout=0.5,
+            engines=[EngineSettings(kind="llamacpp", path="m.gguf", replicas=REPLICAS)],
+        )
+        super().__init__(0, settings, leases, on_doubt=self.doubted)
+        self.doubts: list[tuple[int, bool]] = []
+        self.made = [Engine(deaths) for _ in range(REPLICAS)]
+        self.table = table
+        self.come_back = True
+        self.say()
+
+    def _engine(self, replica: int) -> Engine:  # type: ignore[override]
+        return self.made[replica]
+
+    def doubted(self, pool: int, replica: int, hung: bool) -> None:
+        self.doubts.append((replica, hung))
+        if self.come_back:
+            asyncio.get_running_loop().call_later(0.02, self.say)
+
+    def say(self) -> None:
+        for replica in range(REPLICAS):
+            self.table.set_capacity(0, replica, 1)
+        info = ModelInfo(context=1000, slots=1)
+        self.update(
+            [EngineState("m", r, "llamacpp", "ready", Endpoint(), info=info) for r in range(REPLICAS)]
+        )
+
+
+@pytest.fixture
+def new_pool() -> Iterator[Callable[..., Pool]]:
+    memory = SharedMemory.create(SlotTable.cells_for([REPLICAS], 1))
+    read, write = os.pipe()
+
+    def make(*deaths: tuple[int, ApiError]) -> Pool:
+        table = SlotTable(memory, 0, [REPLICAS], 1)
+        return Pool(table, Leases(table, 0, [write], read, max_queue=4), list(deaths))
+
+    yield make
+    os.close(read)
+    os.close(write)
+    memory.close()
+
+
+def run(pool: Pool, job: Job | None = None) -> list[Piece]:
+    async def all_of() -> list[Piece]:
+        pieces: list[Piece] = []
+        async with aclosing(pool.stream(job or Job([1, 2], max_tokens=50))) as stream:
+            async for group in stream:
+                pieces += group
+        return pieces
+
+    pieces = asyncio.run(all_of())
+    assert pool.usage()[0] == 0, "a slot was kept"
+    return pieces
+
+
+def ids_of(pieces: list[Piece]) -> list[int]:
+    return [id for piece in pieces for id in piece.ids]
+
+
+@pytest.mark.parametrize("error", [LOST, Hung("silence"), Unanswered("closed"), EngineFailed("nonsense")])
+@pytest.mark.parametrize("after", [0, 1, 19, 20])
+def test_the_answer_goes_on(new_pool, error, after):
+    pool = new_pool((after, error))
+    pieces = run(pool)
+    assert ids_of(pieces) == ANSWER
+    assert (pieces[-1].finish, pieces[-1].prompt_tokens, pieces[-1].completion_tokens) == ("stop", 2, 20)
+
+
+def test_death_after_death(new_pool):
+    assert ids_of(run(new_pool(*[(1, LOST)] * 19))) == ANSWER
+
+
+def test_who_kills_every_engine_is_stopped(new_pool):
+    for deaths, tokens, tried in (([(0, LOST)] * 9, 0, 2), ([(5, LOST)] + [(0, LOST)] * 9, 5, 3)):
+        pool = new_pool(*deaths)
+        seen: list[int] = []
+
+        async def read(pool: Pool = pool, seen: list[int] = seen) -> None:
+            async with aclosing(pool.stream(Job([1, 2], max_tokens=50))) as stream:
+                async for group in stream:
+                    seen += ids_of(group)
+
+        with pytest.raises(EngineFailed):
+            asyncio.run(read())
+        assert seen == ANSWER[:tokens]
+        assert sum(len(engine.jobs) for engine in pool.made) == tried
+
+
+def test_a_doubtful_replica_gets_no_work_until_the_supervisor_has_spoken(new_pool):
+    pool = new_pool((3, LOST), (3, Hung("silence")), (3, EngineTimeout("silence")))
+    pool.come_back = False
+
+    async def one(pool: Pool = pool) -> None:
+        async with aclosing(pool.stream(Job([1, 2], max_tokens=50))) as stream:
+            async for _ in stream:
+                pass
+
+    with pytest.raises(EngineUnavailable, match="No engine of m is ready"):
+        asyncio.run(one())
+    assert sorted(replica for replica, _ in pool.doubts) == [0, 1, 2]
+    assert [hung for _, hung in pool.doubts] == [False, True, True]
+
+
+def test_an_engine_that_says_why_it_failed_is_not_doubted(new_pool):
+    pool = new_pool((3, EngineFailed("out of memory")))
+    assert ids_of(run(pool)) == ANSWER
+    assert pool.doubts == []
+
+
+def test_what_is_the_request_s_own_fault_is_not_tried_again(new_pool):
+    pool = new_pool((0, InvalidRequest("no")))
+    with pytest.raises(InvalidRequest):
+        run(pool)
+    assert sum(len(engine.jobs) for engine in pool.made) == 1
+
+
+def test_a_grammar_ends_with_its_engine_once_it_has_begun(new_pool):
+    job = Job([1, 2], max_tokens=50, grammar=text("abc"))
+    assert ids_of(run(new_pool((0, LOST)), job)) == ANSWER
+    with pytest.raises(Lost):
+        run(new_pool((1, LOST)), job)
+
+
+def test_only_the_last_piece_was_missing(new_pool):
+    pieces = run(new_pool((20, LOST)), Job([1, 2], max_tokens=20))
+    assert pieces[-1] == Piece(finish="length", prompt_tokens=2, completion_tokens=20)
