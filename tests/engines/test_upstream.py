@@ -777,9 +777,8 @@ async def test_a_silence_in_the_middle_may_be_allowed_less_than_the_one_before()
         await peer.send(chunked(b"first", end=False))
         await peer.closed()
 
-    async with serving(script) as (server, upstream):
-        async with await upstream.request("GET", "/") as response:
-            assert await response.chunk() == b"first"
-            response.expect_within(0.2)
-            with pytest.raises(Hung, match=r"0\.2 seconds"):
-                await response.chunk()
+    async with serving(script) as (_server, upstream), await upstream.request("GET", "/") as response:
+        assert await response.chunk() == b"first"
+        response.expect_within(0.2)
+        with pytest.raises(Hung, match=r"0\.2 seconds"):
+            await response.chunk()
