@@ -134,7 +134,7 @@ def test_the_example_configuration_loads_with_its_comments_taken_away(tmp_path: 
     complete.write_text(text, encoding="utf-8")
     loaded = config.load(str(complete), environ={})
     kinds = {engine.kind for model in loaded.models for engine in model.engines}
-    assert kinds == {"llamacpp", "openai"}
+    assert kinds == {"llamacpp", "vllm", "openai"}
     assert loaded.server.tls_cert
 
 

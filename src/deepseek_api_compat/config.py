@@ -95,13 +95,19 @@ class LimitSettings(Section, frozen=True):
 class EngineSettings(Section, frozen=True):
     """`[[models.engines]]`: one engine, or several replicas of one, behind a model name.
 
-    llamacpp: path, replicas, batch_size (slots), context (tokens per slot), threads, gpu_layers, embedding.
+    llamacpp, vllm, sglang: path, replicas, batch_size (slots), context (tokens per slot), and how it is started
+              (command, args, env); or base_url of one that runs already.
+    llamacpp: threads, gpu_layers, embedding. vllm, sglang: tensor_parallel.
     openai:   base_url, model (its name there), api_key_env, concurrency (0: no cap).
     """
 
-    kind: Literal["llamacpp", "openai"]
+    kind: Literal["llamacpp", "vllm", "sglang", "openai"]
     path: str | None = None
     replicas: int = 1
+    command: list[str] = []
+    args: list[str] = []
+    env: dict[str, str] = {}
+    tensor_parallel: int = 1
     batch_size: int = 8
     context: int = 0
     threads: int = 0
@@ -114,6 +120,11 @@ class EngineSettings(Section, frozen=True):
     connect_timeout: float = 5.0
     read_timeout: float = 600.0
     stall_timeout: float = 120.0
+
+    @property
+    def managed(self) -> bool:
+        """Whether it is a process that the service starts."""
+        return self.base_url is None
 
 
 class ModelLimitSettings(Section, frozen=True):
@@ -324,10 +335,7 @@ def _check(settings: Settings) -> None:
         rules.append((model.ready_timeout >= 0, f"{where}: ready_timeout can't be negative"))
         for engine in model.engines:
             rules.append((engine.stall_timeout > 0, f"{where}: stall_timeout must be above 0"))
-            if engine.kind == "openai":
-                rules.append((bool(engine.base_url), f"{where}: an engine of kind openai needs base_url"))
-            elif engine.kind == "llamacpp":
-                rules.append((bool(engine.path), f"{where}: an engine of kind llamacpp needs path"))
+            rules += _engine_rules(where, engine)
             rules.append(
                 (
                     engine.kind == model.engines[0].kind,
@@ -342,6 +350,22 @@ def _check(settings: Settings) -> None:
     for ok, problem in rules:
         if not ok:
             raise ConfigError(f"Configuration: {problem}.")
+
+
+def _engine_rules(where: str, engine: EngineSettings) -> list[tuple[bool, str]]:
+    kind = f"an engine of kind {engine.kind}"
+    if engine.kind == "openai":
+        return [(not engine.managed, f"{where}: {kind} needs base_url")]
+    started = bool(engine.command or engine.args or engine.env)
+    return [
+        (bool(engine.path) or not engine.managed, f"{where}: {kind} needs path, or base_url where it runs"),
+        (
+            engine.managed or not started,
+            f"{where}: command, args and env are of no use to an engine with a base_url: it runs already",
+        ),
+        (engine.managed or engine.replicas == 1, f"{where}: one base_url is one replica"),
+        (1 <= engine.tensor_parallel <= 1024, f"{where}: tensor_parallel must be between 1 and 1024"),
+    ]
 
 
 def _limit_rules(where: str, limits: LimitSettings | ModelLimitSettings) -> list[tuple[bool, str]]:
