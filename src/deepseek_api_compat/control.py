@@ -52,20 +52,20 @@ def control_socket_path(data_dir: Path) -> Path:
     return directory / f"{hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()[:32]}.sock"
 
 
-def call(data_dir: Path, op: str, **params: Any) -> Any:
-    """The result of `op` by the service on `data_dir`.
+def call(data_dir: Path, op: str, *, timeout: float | None = REPLY_TIMEOUT, **params: Any) -> Any:
+    """The result of `op` by the service on `data_dir`, which has `timeout` seconds for it (None: any time).
 
     Raises NotRunning before anything was sent, or SetupError with the service's sentence.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(REPLY_TIMEOUT)
+        connection.settimeout(timeout)
         _connect(connection, data_dir)
         try:
             connection.sendall(msgspec.json.encode({"op": op, **params}) + b"\n")
             with connection.makefile("rb") as lines:
                 line = lines.readline()
         except TimeoutError:
-            raise SetupError(f"The service on {data_dir} gave no answer in {REPLY_TIMEOUT:.0f} s.") from None
+            raise SetupError(f"The service on {data_dir} gave no answer in {timeout:.0f} s.") from None
         except OSError:
             line = b""
     if not line.endswith(b"\n"):

@@ -29,6 +29,24 @@ class Endpoint(msgspec.Struct, frozen=True):
     headers: dict[str, str] = {}
 
 
+class Capabilities(msgspec.Struct, frozen=True):
+    """What a token engine can do.
+
+    resume: a prompt and the ids of half an answer are a job like any other. grammar: `Job.grammar` is enforced.
+    logprobs, logit_bias: of `Job`. penalties_see_prompt: presence and frequency penalties count the ids of the
+    prompt too, or else those of the answer only. embeddings: `embed` works. prefix_cache: `Piece.cached_tokens`
+    is told, and is not always 0.
+    """
+
+    resume: bool = True
+    grammar: bool = True
+    logprobs: bool = True
+    logit_bias: bool = True
+    penalties_see_prompt: bool = False
+    embeddings: bool = False
+    prefix_cache: bool = True
+
+
 class ModelInfo(msgspec.Struct, frozen=True):
     """What a loaded token engine says about its model.
 
@@ -37,7 +55,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     chat_template: Jinja source, or None. bos/eos: the text of those tokens ("" if none).
     controls: ids of the control tokens, by spelling. eager: those that the engine's tokenizer makes of their
     spelling even in plain text. format: how the model's prompts are written, as its files say ("v3.1", ...,
-    or "template").
+    or "template"). can: what the engine can do with it.
     """
 
     context: int
@@ -48,6 +66,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     controls: dict[str, int] = {}
     eager: list[str] = []
     format: str = "template"
+    can: Capabilities = Capabilities()
 
 
 class TokenEngine(Protocol):
@@ -90,8 +109,8 @@ class TokenEngine(Protocol):
 class EngineState(msgspec.Struct, frozen=True):
     """A replica as the supervisor sees it; pushed to workers, printed by `engines list`.
 
-    state: starting | ready | doubtful (it failed a request, and is looked at) | failed | stopped (backoff
-    counts as starting).
+    state: starting (also after a death) | ready | doubtful (it failed a request, and is looked at) | drained
+    (out of service, as an operator wished) | failed | stopping | stopped.
     """
 
     model: str
@@ -102,6 +121,9 @@ class EngineState(msgspec.Struct, frozen=True):
     pid: int | None = None
     detail: str = ""
     info: ModelInfo | None = None
+    argv: list[str] = []
+    memory: int = 0
+    started: float = 0.0
 
 
 JsonObject = dict[str, Any]

@@ -59,6 +59,8 @@ class AdminApi:
             _route("/admin/v1/keys", {"GET": self.keys, "POST": self.create}),
             _route("/admin/v1/keys", below_key, takes_rest=True),
             _route("/admin/v1/engines", {"GET": self.engines}),
+            _route("/admin/v1/engines/drain", {"POST": self.drain}),
+            _route("/admin/v1/engines/restart", {"POST": self.restart}),
             _route("/admin/v1/usage", {"GET": self.usage}),
             _route("/admin/v1/requests", {"GET": self.requests}),
             _route("/admin/v1/audit", {"GET": self.audit}),
@@ -115,6 +117,14 @@ class AdminApi:
 
     async def engines(self, call: Call) -> None:
         await send(call, _list("engine", await self._do(call, "engines.list", {})))
+
+    async def drain(self, call: Call) -> None:
+        await send(call, _list("engine", await self._do(call, "engines.drain", await _fields(call))))
+
+    async def restart(self, call: Call) -> None:
+        """Answers when it has begun: loading a model takes longer than an answer should."""
+        fields = {**await _fields(call), "wait": False}
+        await send(call, _list("engine", await self._do(call, "engines.restart", fields)))
 
     async def usage(self, call: Call) -> None:
         known = {"from", "to", "group_by", "model", "key", "format"}

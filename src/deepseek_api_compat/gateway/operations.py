@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from deepseek_api_compat.engines.base import EngineState
 from deepseek_api_compat.errors import WrongValue
+from deepseek_api_compat.gateway.engine_admin import ENGINE_OPERATIONS, EngineAdmin
 from deepseek_api_compat.gateway.ledger import Intake
 from deepseek_api_compat.gateway.query import MAX_PAGE
 from deepseek_api_compat.security.admin import READ_ONLY, KeyAdmin
@@ -44,7 +44,7 @@ class Operations:
     """Every operation of a running service. For the supervisor's event loop; the work is done in threads.
 
     keys.*           see `KeyAdmin`; returns when all workers know of a change
-    engines.list     [{model, replica, kind, state, pid, detail}]
+    engines.*        see `EngineAdmin`
     ledger.summary   [{key_id, model, start, requests, tokens, price, outcomes}], see `SummaryWanted`
     ledger.rows      [row], newest first, see `RowsWanted`
     ledger.price     what a key has spent, in micro-units, see `PriceWanted`
@@ -57,13 +57,13 @@ class Operations:
         self,
         keys: KeyAdmin,
         intake: Intake,
-        engines: Callable[[], list[EngineState]],
+        engines: EngineAdmin,
         publish: Callable[[], Awaitable[None]],
     ) -> None:
-        """`engines` says how the replicas are; `publish` gives the keys to all workers."""
+        """`publish` gives the keys to all workers."""
         self._keys = keys
         self._intake = intake
-        self._engines = engines
+        self._engine_admin = engines
         self._publish = publish
         # Of their own, so that nobody's long summaries keep a change of keys waiting.
         self._readers = ThreadPoolExecutor(READERS, "ledger-reader")
@@ -75,8 +75,8 @@ class Operations:
 
     async def perform(self, op: str, params: dict[str, Any], actor: Actor) -> Any:
         """The result, plain data for JSON."""
-        if op == "engines.list":
-            return [_engine(state) for state in self._engines()]
+        if op in ENGINE_OPERATIONS:
+            return await self._engine_admin.perform(op, params, actor)
         if query := self._queries.get(op):
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._readers, lambda: query(self._intake.ledger(), params))
@@ -88,11 +88,6 @@ class Operations:
     def close(self) -> None:
         """Start no more queries of the ledger."""
         self._readers.shutdown(wait=False, cancel_futures=True)
-
-
-def _engine(state: EngineState) -> dict[str, Any]:
-    fields = ("model", "replica", "kind", "state", "pid", "detail")
-    return {field: getattr(state, field) for field in fields}
 
 
 def _summary(ledger: Ledger, params: dict[str, Any]) -> Any:

@@ -62,9 +62,12 @@ class ModelPool:
         old = self._states
         self._states = {state.replica: state for state in states}
         dropped: list[TokenEngine | Upstream] = []
+        move = self.ready
         for replica, state in old.items():
             now = self._states.get(replica)
-            if now is None or (now.endpoint, now.info) != (state.endpoint, state.info):
+            drained = move and now is not None and now.state == "drained"
+            # The answers of a client that is closed go on elsewhere.
+            if now is None or drained or (now.endpoint, now.info) != (state.endpoint, state.info):
                 engine = self._engines.pop(replica, None)
                 upstream = self._upstreams.pop(replica, None)
                 dropped += [client for client in (engine, upstream) if client is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,8 +15,8 @@ from deepseek_api_compat.engines.base import Endpoint, EngineState, ModelInfo
 from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.engines.process import ManagedProcess
 from deepseek_api_compat.engines.upstream import Upstream
-from deepseek_api_compat.errors import ApiError, ConfigError, ModelError
-from deepseek_api_compat.models import checkpoint
+from deepseek_api_compat.errors import ApiError, ConfigError, ModelError, SetupError, WrongValue
+from deepseek_api_compat.models import checkpoint, gguf
 from deepseek_api_compat.protocol.deepseek.detect import unmet
 
 PROBE_INTERVAL = 5.0  # seconds between two looks at a replica that is ready
@@ -41,6 +42,7 @@ class Replica(ABC):
         self.info: ModelInfo | None = None
         self.endpoint = Endpoint()
         self._on_change = on_change
+        self._held = False  # out of service, by an operator's wish
         self._examination: asyncio.Future[None] | None = None
 
     def describe(self) -> EngineState:
@@ -55,6 +57,23 @@ class Replica(ABC):
     @abstractmethod
     async def stop(self) -> None:
         """End; nothing of the replica is left afterwards."""
+
+    def drain(self) -> None:
+        """Give it no new work; answers that it is making go on at other replicas, or to their end."""
+        self._held = True
+        self._set("drained", "An operator took it out of service.")
+
+    @abstractmethod
+    async def check(self, path: Path) -> None:
+        """Raises SetupError for a model that `restart` could not serve."""
+
+    @abstractmethod
+    async def restart(self, path: Path | None = None) -> None:
+        """Back into service, from a new start where it is ours, with the model at `path` if that is given.
+
+        Returns when it is ready. Raises SetupError if it isn't any more; it runs with its old model then, if
+        that can be.
+        """
 
     def doubt(self, hung: bool) -> None:
         """A worker lost a request to it, which died, or hangs (`hung`), or only a connection broke.
@@ -73,6 +92,8 @@ class Replica(ABC):
         """Find out whether it works, and leave the state "doubtful"."""
 
     def _set(self, state: str, detail: str) -> None:
+        if self._held and state in ("ready", "doubtful"):
+            return
         if (state, detail) != (self.state, self.detail):
             self.state, self.detail = state, detail
             self._on_change(self)
@@ -107,6 +128,15 @@ class WatchedUpstream(Replica):
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._client.close()
+
+    async def check(self, path: Path) -> None:
+        raise WrongValue(f"{self.model} is served by {self._client.where}, which is not ours.", "path")
+
+    async def restart(self, path: Path | None = None) -> None:
+        self._held = False
+        await self._probe()
+        if self.state != "ready":
+            raise SetupError(self.detail)
 
     async def _watch(self) -> None:
         while True:
@@ -173,14 +203,15 @@ class ManagedEngine(Replica):
         socket = data_dir / "run" / "engines" / f"{pool}-{number}.sock"
         self.endpoint = Endpoint(uds=str(socket))
         self.slots = settings.batch_size
-        self._process = llamacpp.managed(
+        self._new_process = partial(
+            llamacpp.managed,
             settings,
-            model_path=self._path,
             socket=socket,
             log=data_dir / "logs" / f"engine-{pool}-{number}.log",
             lifeline=lifeline,
             on_change=self._follow,
         )
+        self._process = self._new_process(model_path=self._path)
 
         self._settings = settings
         self._watch: asyncio.Future[None] | None = None
@@ -198,6 +229,38 @@ class ManagedEngine(Replica):
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         await self._process.stop()
+
+    async def check(self, path: Path) -> None:
+        await asyncio.to_thread(self._check_model, path)
+
+    async def restart(self, path: Path | None = None) -> None:
+        before = self._path
+        self._held = False
+        try:
+            await self._start_anew(path or before)
+        except SetupError as error:
+            if path is None or path == before:
+                raise
+            await self._start_anew(before)
+            raise SetupError(f"{path} can't be served, the model before it still is. {error}") from None
+
+    async def _start_anew(self, path: Path) -> None:
+        await self._process.stop()
+        self._path = path
+        if problem := await asyncio.to_thread(self._problem):
+            self._set("failed", problem)
+            raise SetupError(problem)
+        self._process = self._new_process(model_path=path)
+        self._process.start()
+        if await self._process.until("ready", "failed") != "ready":
+            raise SetupError(self._process.detail)
+
+    def _check_model(self, path: Path) -> None:
+        # Answers that have begun, and requests that wait, are ids of these tokens.
+        gguf.inspect(path)
+        if gguf.tokens_digest(path) != gguf.tokens_digest(self._path):
+            problem = f"The tokens of {path} are not those of the model that {self.model} serves now"
+            raise WrongValue(f"{problem}: serve it under a name of its own.", "path")
 
     async def _examine(self, hung: bool) -> None:
         """Kill it if it gives no answer: to the simplest question, or if it hung, to a prompt.

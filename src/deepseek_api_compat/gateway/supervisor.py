@@ -28,6 +28,7 @@ from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.gateway import channel, logs
 from deepseek_api_compat.gateway.app import local_limiter, shared_cells, shared_limiter, slot_table
+from deepseek_api_compat.gateway.engine_admin import EngineAdmin
 from deepseek_api_compat.gateway.ledger import Intake
 from deepseek_api_compat.gateway.operations import Operations
 from deepseek_api_compat.gateway.renewal import Renewal
@@ -88,7 +89,8 @@ class Supervisor:
         self._keys_changed = asyncio.Condition()
         self._publishing = asyncio.Lock()
         self._intake = Intake(settings.data_dir, settings.ledger)
-        self._operations = Operations(admin, self._intake, self._engine_states, self._publish_keys)
+        self._engine_admin = EngineAdmin(self._all_replicas, self._leases_of)
+        self._operations = Operations(admin, self._intake, self._engine_admin, self._publish_keys)
         self._answering: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._failure: str | None = None
@@ -126,6 +128,7 @@ class Supervisor:
         self._own(self._tell_of_intake())
         await asyncio.gather(*(replica.start() for replica in self._replicas))
         await self._stopping.wait()
+        await self._engine_admin.close()
         await self._drain(keepers)
         server.close()
         await asyncio.gather(*(replica.stop() for replica in self._replicas))
@@ -209,6 +212,12 @@ class Supervisor:
         for worker in self._workers:
             worker.send(message)
         self._check_ready()
+
+    def _all_replicas(self) -> list[Replica]:
+        return self._replicas
+
+    def _leases_of(self, replica: Replica) -> int:
+        return self._slots.load(replica.pool)[replica.number][0]
 
     def _replica(self, pool: int, number: int) -> Replica:
         return next(r for r in self._replicas if (r.pool, r.number) == (pool, number))

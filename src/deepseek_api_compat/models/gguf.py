@@ -6,6 +6,7 @@ this takes milliseconds for any size of model (the `gguf` package takes seconds 
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import struct
 import sys
@@ -86,6 +87,12 @@ def vocabulary(path: Path) -> Vocabulary:
         return reader.vocabulary()
 
 
+def tokens_digest(path: Path) -> bytes:
+    """SHA-256 of the file's tokens and their ids. Raises ModelError, as `inspect`."""
+    with _reader(path) as reader:
+        return reader.tokens_digest()
+
+
 @contextmanager
 def _reader(path: Path) -> Iterator[_Reader]:
     try:
@@ -132,6 +139,17 @@ class _Reader:
             user_defined=found[_USER_DEFINED],
             fim=None if None in fim else msgspec.convert(fim, tuple[int, int, int]),
         )
+
+    def tokens_digest(self) -> bytes:
+        _, values = self._values()
+        start = self._at = msgspec.convert(values[_TOKENS], int)
+        kind, count = self._scalar("I"), self._scalar("Q")
+        if kind != _STRING:
+            raise _Broken("its tokens are not strings")
+        self._skip_strings(count)
+        if self._at > len(self._data):
+            raise _Broken("its header is damaged or cut short")
+        return hashlib.sha256(self._data[start : self._at]).digest()
 
     def _values(self) -> tuple[int, dict[str, object]]:
         """The number of tensors, and what is kept of the metadata; then the table of tensors is next."""
