@@ -1,8 +1,9 @@
-"""`deepseek-api models`: what there is, fetching it, deleting it, what its files say."""
+"""`deepseek-api models`: what there is, fetching it, deleting it, what its files say, making one."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import shutil
 import sys
 import textwrap
@@ -62,6 +63,19 @@ def add_parser(subparsers: Subparsers) -> None:
     command.add_argument("name", metavar="NAME", help="a name that 'models list' shows as ready")
     command.set_defaults(run=_rm)
 
+    command = commands.add_parser(
+        "build-tiny",
+        help="make a tiny DeepSeek-V3, for trying engines",
+        description="Make a checkpoint with DeepSeek-V3's architecture, tokenizer and file layout, and small "
+        "random weights: every part of the real model is there, and what it answers is no language.",
+    )
+    command.add_argument("folder", metavar="OUT_DIR", type=Path, help="a new folder, of about 160 MB")
+    command.add_argument(
+        "--fp8", action="store_true", help="FP8 weights in blocks, as DeepSeek publishes them"
+    )
+    command.add_argument("--seed", type=int, default=0, help="other weights for each number (default: 0)")
+    command.set_defaults(run=_build_tiny)
+
 
 def _list(args: argparse.Namespace) -> int:
     if args.json:
@@ -119,6 +133,24 @@ def _rm(args: argparse.Namespace) -> int:
     entry = catalogue.find(args.name)
     freed = shelf.remove(entry.name, Progress())
     print(f"{entry.name}: {size(freed)} freed." if freed else f"{entry.name} was not on this machine.")
+    return 0
+
+
+def _with_numpy(module: str) -> Any:
+    """A module of models/ that computes. Raises ModelError, which says how to install what it needs."""
+    try:
+        return importlib.import_module(f"deepseek_api_compat.models.{module}")
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"This needs {error.name}; install it with: pip install 'deepseek-api-compat[embedded]'."
+        ) from None
+
+
+def _build_tiny(args: argparse.Namespace) -> int:
+    tiny_v3 = _with_numpy("tiny_v3")
+    tokenizer = prepared.pull(catalogue.find("deepseek-v3-tokenizer"), Progress())
+    path = tiny_v3.build(args.folder.expanduser(), tokenizer, seed=args.seed, quantised=args.fp8)
+    print(f"A tiny DeepSeek-V3 is ready: {path}")
     return 0
 
 
