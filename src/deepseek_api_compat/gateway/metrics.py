@@ -6,7 +6,9 @@ in PROMETHEUS_MULTIPROC_DIR, so counts survive a killed worker. docs/api.md has 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from functools import cached_property
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -152,18 +154,52 @@ class Tally:
         children = _known.get(key)
         if children is None:
             children = _known[key] = _Children(*key)
-        children.requests.inc()
+        children.requests.add(1.0)
         children.duration.observe(now - self.start)
         if self.first:
             children.ttft.observe(self.first - self.start)
         if self.prompt_tokens:
-            children.prompt.inc(self.prompt_tokens)
+            children.prompt.add(self.prompt_tokens)
         if self.cached_tokens:
-            children.cached.inc(self.cached_tokens)
+            children.cached.add(self.cached_tokens)
         if self.completion_tokens:
-            children.completion.inc(self.completion_tokens)
+            children.completion.add(self.completion_tokens)
         if self.reasoning_tokens:
-            children.reasoning.inc(self.reasoning_tokens)
+            children.reasoning.add(self.reasoning_tokens)
+
+
+class _Number:
+    """A number of prometheus_client's, added to where it lies in its file.
+
+    Its own `inc` takes a lock, asks for the process id and looks the place up, each time; a worker adds from
+    its event loop alone and never forks. What is added is in the file at once all the same.
+    """
+
+    __slots__ = ("_at", "_cells")
+
+    def __init__(self, value: Any) -> None:
+        """`value` is a MmapedValue. Another, of a process without such files, counts for nobody."""
+        file = getattr(value, "_file", None)
+        # When the file grows, what was mapped of it stays so.
+        self._cells = memoryview(bytearray(8) if file is None else file._m).cast("d")
+        self._at = 0 if file is None else file._positions[value._key] // 8
+
+    def add(self, amount: float) -> None:
+        self._cells[self._at] += amount
+
+
+class _Spread:
+    """A histogram, added to as `_Number` says."""
+
+    __slots__ = ("_buckets", "_sum")
+
+    def __init__(self, histogram: Any) -> None:
+        self._sum = _Number(histogram._sum)
+        self._buckets = [_Number(bucket) for bucket in histogram._buckets]
+
+    def observe(self, seconds: float) -> None:
+        self._sum.add(seconds)
+        self._buckets[bisect_left(LATENCY_BUCKETS, seconds)].add(1.0)
 
 
 class _Children:
@@ -174,28 +210,36 @@ class _Children:
 
     def __init__(self, endpoint: str, model: str, status: int) -> None:
         self._model = model
-        self.requests = REQUESTS.labels(endpoint, model, str(status))
-        self.duration = DURATION.labels(endpoint, model)
+        self.requests = _number(REQUESTS, endpoint, model, str(status))
+        self.duration = _spread(DURATION, endpoint, model)
 
     @cached_property
-    def ttft(self) -> Histogram:
-        return TTFT.labels(self._model)
+    def ttft(self) -> _Spread:
+        return _spread(TTFT, self._model)
 
     @cached_property
-    def prompt(self) -> Counter:
-        return TOKENS.labels(self._model, "prompt")
+    def prompt(self) -> _Number:
+        return _number(TOKENS, self._model, "prompt")
 
     @cached_property
-    def cached(self) -> Counter:
-        return TOKENS.labels(self._model, "cached")
+    def cached(self) -> _Number:
+        return _number(TOKENS, self._model, "cached")
 
     @cached_property
-    def completion(self) -> Counter:
-        return TOKENS.labels(self._model, "completion")
+    def completion(self) -> _Number:
+        return _number(TOKENS, self._model, "completion")
 
     @cached_property
-    def reasoning(self) -> Counter:
-        return TOKENS.labels(self._model, "reasoning")
+    def reasoning(self) -> _Number:
+        return _number(TOKENS, self._model, "reasoning")
+
+
+def _number(counter: Counter, *labels: str) -> _Number:
+    return _Number(counter.labels(*labels)._value)
+
+
+def _spread(histogram: Histogram, *labels: str) -> _Spread:
+    return _Spread(histogram.labels(*labels))
 
 
 _known: dict[tuple[str, str, int], _Children] = {}
