@@ -51,9 +51,12 @@ def routes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Route]:
     async def ask(*_: object) -> None:
         raise AssertionError("no handler runs")
 
+    def doubt(*_: object) -> None:
+        raise AssertionError("no engine is asked")
+
     memory = SharedMemory.create(shared_cells(settings))
     keys = KeyTable([], bytes(32))
-    Application(settings, keys, memory, worker=0, wake_fds=[], my_fd=0, created=0, ask=ask)
+    Application(settings, keys, memory, worker=0, wake_fds=[], my_fd=0, created=0, ask=ask, on_doubt=doubt)
     return built[0]
 
 
