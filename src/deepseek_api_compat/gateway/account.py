@@ -102,35 +102,34 @@ class Account:
 
         Raises what the limits raise; then it has cost nothing.
         """
-        self._price = self._books.prices.find(pool.name)
+        self._price = price = self._books.prices.find(pool.name)
+        grant = self.grant
         answer = self._books.limiter.estimate(self.principal, pool.index, prompt, limit) if answers else 0
-        tokens, money = prompt + answer * answers, self._price.of(prompt, 0, answer * answers)
         try:
-            await self.grant.reserve(pool.index, tokens, money)
+            await grant.reserve(pool.index, prompt + answer * answers, price.of(prompt, 0, answer * answers))
         except OverLimit as error:
             self._headers += rate_headers(None, error.tokens)
             raise
-        self._headers += rate_headers(None, self.grant.tokens)
+        if grant.tokens is not None:
+            self._headers += rate_headers(None, grant.tokens)
         self._reserved = True
 
     async def dispatch(self, replica: int) -> None:
         """Write down that replica number `replica` is about to work for it. Raises LedgerUnavailable."""
         if self._entry is not None:  # another of its choices
             return
-        entry = self._admit()
-        entry.dispatched(replica, self._ms())
-        await self._books.journal.synced()
+        now = time.monotonic()
+        entry = self._admit(now)
+        entry.dispatched(replica, int((now - self.tally.start) * 1000))
+        if self._books.journal.waits:
+            await self._books.journal.synced()
 
     def progress(self) -> None:
         """What was made so far counts, whatever happens now."""
-        if self._entry is None:
+        entry, tally = self._entry, self.tally
+        if entry is None:
             return
-        tally = self.tally
-        if tally.first:
-            self._entry.first_token(int((tally.first - tally.start) * 1000))
-        self._entry.made(
-            tally.prompt_tokens, tally.cached_tokens, tally.completion_tokens, tally.reasoning_tokens
-        )
+        _note(entry, tally)
         if tally.completion_tokens >= self._checked + OFTEN:
             self._checked = tally.completion_tokens
             self.grant.use(*self._used())
@@ -151,20 +150,22 @@ class Account:
         if entry is None and (not self._reserved or tally.status in REFUSALS or _is_refusal(tally.error)):
             self._refused()
             return
-        self._entry = entry or self._late()
-        if self._entry is None:
+        now = time.monotonic()
+        entry = entry or self._late(now)
+        if entry is None:
             self.grant.give_back()
             return
-        self.progress()
-        self._entry.settle(
+        self._entry = None
+        _note(entry, tally)
+        error = tally.error
+        price = entry.settle(
             outcome_of(tally, cancelled),
             tally.status,
-            self._ms(),
-            error_code=None if tally.error is None else tally.error.code or tally.error.type,
+            int((now - tally.start) * 1000),
+            error_code=None if error is None else error.code or error.type,
             finish=tally.finish,
         )
-        self._entry = None
-        self.grant.settle(*self._used())
+        self.grant.settle(tally.prompt_tokens + tally.completion_tokens, price)
 
     def _refused(self) -> None:
         error = self.tally.error
@@ -175,23 +176,23 @@ class Account:
         if error is not None:
             self._books.journal.refused(self.principal.id, error.code or error.type)
 
-    def _late(self) -> Entry | None:
+    def _late(self, now: float) -> Entry | None:
         """Of a request that ended before an engine heard of it, as of a client that left the queue."""
         try:
-            return self._admit()
+            return self._admit(now)
         except LedgerUnavailable:
             return None
 
-    def _admit(self) -> Entry:
-        tally = self.tally
-        age = time.monotonic() - tally.start
+    def _admit(self, now: float) -> Entry:
+        tally, principal = self.tally, self.principal
+        age = now - tally.start
         journal = self._books.journal
         unrecorded = journal.unrecorded
         self._entry = journal.admit(
             self.id,
             int((time.time() - age) * 1000),
-            self.principal.id,
-            self.principal.token_id,
+            principal.id,
+            principal.token_id,
             tally.endpoint,
             tally.model,
             self._price,
@@ -205,8 +206,11 @@ class Account:
         tokens = tally.prompt_tokens + tally.completion_tokens
         return tokens, self._price.of(tally.prompt_tokens, tally.cached_tokens, tally.completion_tokens)
 
-    def _ms(self) -> int:
-        return int((time.monotonic() - self.tally.start) * 1000)
+
+def _note(entry: Entry, tally: Tally) -> None:
+    if tally.first:
+        entry.first_token(int((tally.first - tally.start) * 1000))
+    entry.made(tally.prompt_tokens, tally.cached_tokens, tally.completion_tokens, tally.reasoning_tokens)
 
 
 def check_model(principal: Principal, pool: ModelPool) -> None:

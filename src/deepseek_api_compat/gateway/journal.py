@@ -194,6 +194,11 @@ class Journal:
         return self._no_room or self._no_disk
 
     @property
+    def waits(self) -> bool:
+        """Must a request wait for `synced`?"""
+        return self._settings.fsync == "always"
+
+    @property
     def refuses(self) -> bool:
         return self.problem is not None and self._settings.when_unavailable == "refuse"
 
@@ -334,7 +339,7 @@ class Journal:
 
         One write to the disk serves all who wait. Raises LedgerUnavailable if it fails.
         """
-        if self._settings.fsync != "always":
+        if not self.waits:
             return
         try:
             await self._sync()

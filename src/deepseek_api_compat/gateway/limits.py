@@ -77,14 +77,10 @@ class Plan(msgspec.Struct, frozen=True):
     tokens_per_day: int
     concurrency: int
     budget: int | None
+    token_limit: int  # the smaller of the token limits
     plain: bool  # one limit of requests, and no concurrency
     reserves: bool  # tokens or money must be reserved
-
-    @property
-    def token_limit(self) -> int:
-        """The smaller of the token limits, 0 if there is none."""
-        per_minute = self.tokens.limit if self.tokens else 0
-        return min(per_minute or self.tokens_per_day, self.tokens_per_day or per_minute)
+    limits: bool  # it limits anything
 
 
 class Grant(Protocol):
@@ -150,8 +146,8 @@ class Plans:
         tokens = self._limits.reserved_completion_tokens
         if max_tokens is not None:
             tokens = min(tokens, max_tokens)
-        for plan in (self.of(principal), self.models[model]):
-            if limit := plan.token_limit:
+        for limit in (self.of(principal).token_limit, self.models[model].token_limit):
+            if limit:
                 tokens = min(tokens, max(1, limit // RESERVABLE_SHARE), max(1, limit - prompt))
         return tokens
 
@@ -225,6 +221,7 @@ def _plan(
     if tokens:
         code = prefix + "tokens_per_minute_exceeded"
         per_minute_tokens = window(TOKENS_PER_MINUTE, tokens, MINUTE, code, "tokens per minute", tokens)
+    reserves = bool(tokens or tokens_per_day or budget is not None)
     return Plan(
         account=account,
         name=name,
@@ -234,8 +231,10 @@ def _plan(
         tokens_per_day=tokens_per_day,
         concurrency=concurrency,
         budget=budget,
+        token_limit=min(tokens or tokens_per_day, tokens_per_day or tokens),
         plain=len(requests) == 1 and not concurrency,
-        reserves=bool(tokens or tokens_per_day or budget is not None),
+        reserves=reserves,
+        limits=bool(reserves or requests or concurrency),
     )
 
 

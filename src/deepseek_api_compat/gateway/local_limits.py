@@ -570,10 +570,9 @@ class LocalGrant:
     async def reserve(self, model: int, tokens: int, money: int) -> None:
         self.day = self._limiter.today()
         limits = self._limiter.plans.models[model]
-        limited = limits.reserves or limits.requests or limits.concurrency
-        if limited or self.plan.reserves or self.row >= 0:
+        if limits.limits or self.plan.reserves or self.row >= 0:
             try:
-                self._limiter.reserve(self, limits if limited else None, tokens, money)
+                self._limiter.reserve(self, limits if limits.limits else None, tokens, money)
             except EngineUnavailable:
                 self.give_back()
                 raise

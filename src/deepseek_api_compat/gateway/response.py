@@ -23,6 +23,11 @@ SSE = (
     b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
     + NOSNIFF
 )
+RATE_OF_REQUESTS, RATE_OF_TOKENS = (
+    b"x-ratelimit-limit-%b: %%d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%.3fs\r\n"
+    % (kind, kind, kind)
+    for kind in (b"requests", b"tokens")
+)
 # Every page for people: nothing but its own files runs in it, nobody frames it, and it tells no other site of
 # itself.
 PAGE = (
@@ -146,12 +151,12 @@ async def send_error(out: Responder, error: ApiError, headers: Headers) -> None:
 
 def rate_headers(requests: Allowance | None, tokens: Allowance | None) -> Headers:
     """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}`, of the limits there are."""
-    return [
-        b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %.3fs\r\n"
-        % (kind, allowance.limit, kind, allowance.remaining, kind, allowance.reset)
-        for kind, allowance in ((b"requests", requests), (b"tokens", tokens))
-        if allowance is not None
-    ]
+    headers = []
+    if requests is not None:
+        headers.append(RATE_OF_REQUESTS % (requests.limit, requests.remaining, requests.reset))
+    if tokens is not None:
+        headers.append(RATE_OF_TOKENS % (tokens.limit, tokens.remaining, tokens.reset))
+    return headers
 
 
 class Pulse:
