@@ -76,6 +76,24 @@ def add_parser(subparsers: Subparsers) -> None:
     command.add_argument("--seed", type=int, default=0, help="other weights for each number (default: 0)")
     command.set_defaults(run=_build_tiny)
 
+    command = commands.add_parser(
+        "convert",
+        help="make a GGUF file of a DeepSeek-V3 checkpoint",
+        description="Make a GGUF file, for the embedded engine and llama.cpp, of a checkpoint with "
+        "DeepSeek-V3's architecture in Hugging Face's layout. FP8 weights are understood.",
+    )
+    command.add_argument(
+        "folder", metavar="CHECKPOINT_DIR", type=Path, help="with config.json and safetensors"
+    )
+    command.add_argument("target", metavar="OUT.gguf", type=Path, help="a new file")
+    command.add_argument(
+        "--type",
+        choices=("f32", "f16", "bf16", "q8_0", "q4_0"),
+        default="q8_0",
+        help="of the matrices (default: q8_0, 8.5 bits a weight, which loses next to nothing of FP8)",
+    )
+    command.set_defaults(run=_convert)
+
 
 def _list(args: argparse.Namespace) -> int:
     if args.json:
@@ -151,6 +169,14 @@ def _build_tiny(args: argparse.Namespace) -> int:
     tokenizer = prepared.pull(catalogue.find("deepseek-v3-tokenizer"), Progress())
     path = tiny_v3.build(args.folder.expanduser(), tokenizer, seed=args.seed, quantised=args.fp8)
     print(f"A tiny DeepSeek-V3 is ready: {path}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    folder, target = args.folder.expanduser(), args.target.expanduser()
+    _with_numpy("convert").to_gguf(folder, target, args.type, Progress())
+    print(f"The GGUF file is ready: {target}")
+    print(f"Serve it with: deepseek-api serve --model-path {target}")
     return 0
 
 

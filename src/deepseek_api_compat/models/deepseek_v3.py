@@ -8,6 +8,7 @@ not part of answering, and are left out. For toy sizes: all weights are held in 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -19,13 +20,6 @@ from deepseek_api_compat.models.safetensors_files import Weights
 from deepseek_api_compat.models.v3_config import V3Config, Yarn, read_config
 
 Ids: TypeAlias = npt.NDArray[np.intp]
-
-
-class Greedy(NamedTuple):
-    """A prompt, and the ids that the model answers with when it always takes the likeliest token."""
-
-    prompt: list[int]
-    answer: list[int]
 
 
 class _Cache(NamedTuple):
@@ -71,14 +65,18 @@ class DeepSeekV3:
         self._frequencies = _frequencies(config)
         self._scale = _attention_scale(config)
 
-    def greedy(self, prompt: list[int], count: int) -> list[int]:
-        """The `count` ids that follow the prompt when the likeliest token is taken each time."""
-        sequence, answer = Sequence(self), list[int]()
+    def greedy(self, prompt: list[int]) -> Iterator[tuple[int, float]]:
+        """The ids that follow the prompt, without end, when the likeliest token is taken each time.
+
+        With each comes its lead: how far its logit is above the second one.
+        """
+        sequence = Sequence(self)
         logits = sequence.extend(prompt)
-        while len(answer) < count:
-            answer.append(int(logits.argmax()))
-            logits = sequence.extend(answer[-1:])
-        return answer
+        while True:
+            second, first = np.partition(logits, -2)[-2:]
+            best = int(logits.argmax())
+            yield best, float(first - second)
+            logits = sequence.extend([best])
 
     def layer(
         self, layer: int, hidden: Floats, positions: Ids, cache: _Cache | None

@@ -19,6 +19,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import numpy as np
 
 from deepseek_api_compat.errors import ModelError
 from deepseek_api_compat.models import fp8, safetensors_files
-from deepseek_api_compat.models.deepseek_v3 import DeepSeekV3, Greedy
+from deepseek_api_compat.models.deepseek_v3 import DeepSeekV3
 from deepseek_api_compat.models.fp8 import Floats
 from deepseek_api_compat.models.safetensors_files import SCALE, Stored, bfloat16
 from deepseek_api_compat.models.v3_config import Shape, V3Config, read_config
@@ -123,13 +124,21 @@ _TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "chat_template": _CHAT_TEMPLATE,
 }
-# What the greedy record answers: a chat of one word, some words, and more than engines prefill in one step.
-_PROMPTS = (
-    [0, 128803, 19923, 128804],
-    [0, *range(1000, 1024)],
-    [0, *(3 + 613 * step % 120_000 for step in range(150))],
-)
-_ANSWER = 40
+_USER, _ASSISTANT = 128803, 128804
+_ANSWER = 32
+# The least lead of each answered token's logit: ten times what half-precision attention moves logits here.
+_LEAD = 0.05
+
+
+class Greedy(msgspec.Struct, frozen=True):
+    """A prompt, and the ids that the model answers with when it always takes the likeliest token.
+
+    lead: by how much, at least, the logit of an answered token is above all others.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    lead: float
 
 
 def build(folder: Path, tokenizer: Path, *, seed: int = 0, quantised: bool = False) -> Path:
@@ -164,9 +173,26 @@ def _fill(folder: Path, tokenizer: Path, seed: int, quantised: bool) -> None:
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     config = read_config(folder)
     safetensors_files.write(folder, _tensors(config, seed), SHARD_BYTES)
-    model = DeepSeekV3(folder)
-    record = [Greedy(prompt, model.greedy(prompt, _ANSWER)) for prompt in _PROMPTS]
-    (folder / GREEDY).write_bytes(msgspec.json.encode(record) + b"\n")
+    (folder / GREEDY).write_bytes(msgspec.json.encode(_answers(DeepSeekV3(folder))) + b"\n")
+
+
+def _answers(model: DeepSeekV3) -> list[Greedy]:
+    """A chat of one word, some words, and more words than engines prefill in one step."""
+    chats = ([0, _USER, word, _ASSISTANT] for word in count(1000))
+    words = ([0, *range(first, first + 24)] for first in count(1000))
+    texts = ([0, *(3 + (first + 613 * step) % _WORDS for step in range(150))] for first in count())
+    return [next(filter(None, (_answer(model, one) for one in kind))) for kind in (chats, words, texts)]
+
+
+def _answer(model: DeepSeekV3, prompt: list[int]) -> Greedy | None:
+    """None where some token is too close to a second one."""
+    answer, leads = list[int](), list[float]()
+    for token, lead in islice(model.greedy(prompt), _ANSWER):
+        if lead < _LEAD:
+            return None
+        answer.append(token)
+        leads.append(lead)
+    return Greedy(prompt, answer, min(leads))
 
 
 def recorded(folder: Path) -> list[Greedy]:
@@ -233,7 +259,7 @@ def _scaled(integers: Floats, power: int) -> Floats:
 def _integers(name: str, shape: Shape, seed: int) -> Floats:
     """Even draws from -127 to 127 (0 twice as often); numpy promises this stream for all its versions."""
     entropy = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest(), "big")
-    count = math.prod(shape)
-    raw = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(-(-count // 8))
-    draws = raw.astype("<u8").view(np.int8)[:count].reshape(shape)
+    size = math.prod(shape)
+    raw = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(-(-size // 8))
+    draws = raw.astype("<u8").view(np.int8)[:size].reshape(shape)
     return np.where(draws == -128, 0, draws).astype(np.float32)
