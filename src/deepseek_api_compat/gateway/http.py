@@ -111,6 +111,9 @@ class HttpProtocol(HttpToolsProtocol):
             return  # the message comes again, see _ignore_upgrade
         self._in_headers = False
         super().on_headers_complete()
+        if not self.parser.should_keep_alive():
+            # Not every uvicorn closes it then, but the parser takes no more: the next request would wait.
+            self.cycle.keep_alive = False
         # Which cycle serves a request; with pipelining it is not always the connection's latest.
         self.scope["cycle"] = self.cycle  # type: ignore[typeddict-unknown-key]
 
