@@ -220,6 +220,27 @@ async def test_two_authorization_headers_are_refused(door: Door, headers: list[t
     assert (await door.ask("/models", *filled)).status == 401
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([("x-api-key", "{user}")], 200),
+        ([("x-api-key", " {user}")], 200),
+        ([("x-api-key", "{user}"), ("authorization", "Bearer {user}")], 200),
+        ([("authorization", "bearer  {user}"), ("x-api-key", "{user}")], 200),
+        ([("x-api-key", "")], 401),
+        ([("x-api-key", "Bearer {user}")], 401),
+        ([("x-api-key", "{user}"), ("x-api-key", "{user}")], 401),
+        ([("x-api-key", "{user}"), ("authorization", "Bearer {inside}")], 401),
+        ([("x-api-key", "{user}"), ("authorization", "Basic {user}")], 401),
+        ([("x-api-key", "{user}"), ("authorization", "")], 401),
+        ([("x-api-key", ""), ("authorization", "Bearer {user}")], 401),
+    ],
+)
+async def test_a_key_alone_in_a_header(door: Door, headers: list[tuple[str, str]], status: int):
+    filled = [(name, value.format(**door.keys)) for name, value in headers]
+    assert (await door.ask("/models", *filled)).status == status
+
+
 # Addresses
 
 

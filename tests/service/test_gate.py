@@ -217,6 +217,23 @@ TRICKS = [
     ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13"],
     ["Connection: close, authorization"],
     ["Expect: 100-continue"],
+    ["X-API-Key:"],
+    ["X-API-Key: {wrong}"],
+    ["X-API-Key: {admin}x"],
+    ["X-API-Key: Bearer {admin}"],
+    ["X-API-Key: {admin},{admin}"],
+    ["X-API-Key: {admin}", "X-API-Key: {admin}"],
+    ["X-API-Key: {wrong}", "X-API-Key: {admin}"],
+    ["X-API-Key: {admin}", "X-API-Key: {wrong}"],
+    ["X-API-Key: {admin}", "Authorization: Bearer {wrong}"],
+    ["X-API-Key: {wrong}", "Authorization: Bearer {admin}"],
+    ["X-API-Key:", "Authorization: Bearer {admin}"],
+    ["X-API-Key: {admin}", "Authorization:"],
+    ["X-API-Key: {admin}", "Authorization: {admin}"],
+    ["X-API-Key: {admin}", "Authorization: Basic {admin}"],
+    ["X_API_Key: {admin}"],
+    ["X-API-Key : {admin}"],
+    ["Api-Key: {admin}"],
 ]
 
 
@@ -285,6 +302,23 @@ def test_no_header_gets_around(relay: Service, routes: list[Route]):
             for version in ("1.0", "1.1"):
                 check_refused(attempts.answer(lines("GET", path, headers, version)), (path, trick))
     assert attempts.made > 3000
+
+
+def test_a_key_alone_in_a_header_of_its_own(relay: Service):
+    """As clients of Anthropic's API send it."""
+    alone, bearer = f"x-api-key: {relay.key}", f"Authorization: Bearer {relay.key}"
+    token = relay.command("keys", "token", relay.new_key("anthropic")[4:16]).strip()
+    for headers in ([alone], [alone, bearer], [bearer, alone], [f"X-Api-Key:   {relay.key} "]):
+        assert call(relay.port, lines("GET", "/v1/models", headers)).status == 200
+    assert call(relay.port, lines("GET", "/v1/models", [f"x-api-key: {token}"])).status == 200
+
+
+def test_a_client_that_wants_the_connection_closed_sees_it_closed(relay: Service):
+    for connection in ("close", "Close", "close, x", "x,close"):
+        wire = Wire(relay.port).send(lines("GET", "/health", [f"Connection: {connection}"]))
+        answer = wire.answer()
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert wire.ended()
 
 
 def test_a_role_opens_its_own_routes_only(relay: Service, routes: list[Route]):

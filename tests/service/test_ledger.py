@@ -450,6 +450,23 @@ def test_a_token_s_models_and_length_hold_everywhere(service: Service, upstream:
     assert post(service, chat("relay-thinking"), narrow).status == 200
 
 
+def test_a_narrow_key_is_told_of_its_own_models_only(service: Service):
+    def get(path: str, key: str) -> Answer:
+        return call(service.port, request("GET", path, b"", key))
+
+    def listed(key: str) -> set[str]:
+        return {model["id"] for model in get("/v1/models", key).json()["data"]}
+
+    narrow = service.new_key("narrow-lister", "--models", "relay")
+    assert listed(narrow) == {"relay"}
+    assert listed(str(service.key)) >= {"relay", "tiny"}
+    assert get("/v1/models/relay", narrow).json()["id"] == "relay"
+    hidden, unknown = get("/v1/models/tiny", narrow), get("/v1/models/none", narrow)
+    assert (hidden.status, unknown.status) == (404, 404)
+    assert hidden.error["message"] == unknown.error["message"].replace("none", "tiny")
+    assert "tiny" not in post(service, chat("none"), narrow).error["message"]
+
+
 # Where nothing can be written
 
 

@@ -213,10 +213,15 @@ def _note(entry: Entry, tally: Tally) -> None:
     entry.made(tally.prompt_tokens, tally.cached_tokens, tally.completion_tokens, tally.reasoning_tokens)
 
 
-def check_model(principal: Principal, pool: ModelPool) -> None:
-    """Raises PermissionDenied for a model that the key, or its token, may use under none of its names."""
+def may_use(principal: Principal, pool: ModelPool) -> bool:
+    """Whether the key, or its token, may use a model under any of its names."""
     allowed = principal.models
-    if allowed is not None and allowed.isdisjoint((pool.name, *pool.settings.aliases)):
+    return allowed is None or not allowed.isdisjoint((pool.name, *pool.settings.aliases))
+
+
+def check_model(principal: Principal, pool: ModelPool) -> None:
+    """Raises PermissionDenied for a model that the key, or its token, may not use."""
+    if not may_use(principal, pool):
         message = f"This key may not use the model {pool.name}."
         raise PermissionDenied(message, param="model", code="model_not_allowed")
 

@@ -1,9 +1,9 @@
 """The one door: every request passes here, and what is not allowed is refused.
 
 request id -> address -> route -> authenticate -> address of the key -> role -> limits -> handler -> settle.
-A route is open without a key only if its path is in `public.PUBLIC`. No header but Authorization opens
-anything: not Host, not X-Original-URL, not a method override. Errors become OpenAI error objects here and
-nowhere else.
+A route is open without a key only if its path is in `public.PUBLIC`. No header but Authorization and
+x-api-key opens anything: not Host, not X-Original-URL, not a method override. Errors become OpenAI error
+objects here and nowhere else.
 """
 
 from __future__ import annotations
@@ -165,18 +165,31 @@ def header(scope: Scope, name: bytes) -> bytes:
     return b""
 
 
-def authorization(scope: Scope) -> bytes | None:
-    """The Authorization header; None if there is none.
+def authenticate(keys: KeyTable, scope: Scope) -> Principal:
+    """Whose key or token the request shows: as `Authorization: Bearer KEY`, or as `x-api-key: KEY`.
 
-    Raises AuthenticationFailed if there are two: a proxy in front may have looked at the other one.
+    Raises AuthenticationFailed, also if one of the two headers is there twice, or both and not with the same
+    key: a proxy in front may have looked at the other one.
     """
-    found: bytes | None = None
-    for key, value in scope["headers"]:
-        if key == b"authorization":
-            if found is not None:
+    bearer: bytes | None = None
+    alone: bytes | None = None
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            if bearer is not None:
                 raise AuthenticationFailed("The request has more than one Authorization header.")
-            found = value
-    return found
+            bearer = value
+        elif name == b"x-api-key":
+            if alone is not None:
+                raise AuthenticationFailed("The request has more than one x-api-key header.")
+            alone = value
+    if alone is None:
+        return keys.authenticate(bearer)
+    alone = alone.strip(b" \t")
+    if bearer is None:
+        return keys.authenticate_key(alone)
+    if bearer.partition(b" ")[2].strip(b" ") != alone:
+        raise AuthenticationFailed("The headers Authorization and x-api-key show different keys.")
+    return keys.authenticate(bearer)
 
 
 class Gate:
@@ -250,7 +263,7 @@ class Gate:
         scope = call.scope
         route = self._find(call, scope["raw_path"])
         if route is None or not route.public:
-            principal = call.principal = self.keys.authenticate(authorization(scope))
+            principal = call.principal = authenticate(self.keys, scope)
             if principal.networks is not None:
                 _check_address(principal.networks, call.address)
             if route is None:

@@ -89,11 +89,14 @@ def document() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "DeepSeek API", "version": __version__},
         "servers": [{"url": "/"}],
-        "security": [{"key": []}],
+        "security": [{"key": []}, {"header": []}],
         "paths": paths,
         "components": {
             "schemas": {**components, "Error": _ERROR},
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
         },
     }
 

@@ -20,7 +20,7 @@ from deepseek_api_compat.errors import (
     ModelNotFound,
 )
 from deepseek_api_compat.gateway import metrics, openapi
-from deepseek_api_compat.gateway.account import Account, Books, check_model
+from deepseek_api_compat.gateway.account import Account, Books, check_model, may_use
 from deepseek_api_compat.gateway.admin import AdminApi
 from deepseek_api_compat.gateway.chat import ChatService, Events, infill_ids, token_ids
 from deepseek_api_compat.gateway.gate import Call, Route
@@ -31,6 +31,7 @@ from deepseek_api_compat.gateway.usage import UsageApi
 from deepseek_api_compat.protocol import completion
 from deepseek_api_compat.protocol import openai as wire
 from deepseek_api_compat.protocol.events import Event, Finish
+from deepseek_api_compat.security.keys import Principal
 
 USERS = frozenset({"user", "admin"})
 READERS = frozenset({"admin", "metrics"})
@@ -48,14 +49,32 @@ class ModelDirectory:
         self.created = created
         self._by_name = {name: pool for pool in pools for name in (pool.name, *pool.settings.aliases)}
 
-    def find(self, name: str) -> ModelPool:
-        """Raises ModelNotFound, which lists the known names."""
+    def pools_of(self, principal: Principal) -> list[ModelPool]:
+        """Those that the key, or its token, may use: it is told of no others."""
+        return [pool for pool in self.pools if may_use(principal, pool)]
+
+    def find(self, name: str, principal: Principal) -> ModelPool:
+        """Any pool, also one that the key may not use.
+
+        Raises ModelNotFound, which lists the names that it may.
+        """
         pool = self._by_name.get(name)
         if pool is None:
-            raise ModelNotFound(name, list(self._by_name))
+            raise self.unknown(name, principal)
         return pool
 
-    def choose(self, name: str) -> tuple[ModelPool, bool | None]:
+    def find_listed(self, name: str, principal: Principal) -> ModelPool:
+        """One that the key may use. Raises ModelNotFound for any other name."""
+        pool = self._by_name.get(name)
+        if pool is None or not may_use(principal, pool):
+            raise self.unknown(name, principal)
+        return pool
+
+    def unknown(self, name: str, principal: Principal) -> ModelNotFound:
+        known = [known for known, pool in self._by_name.items() if may_use(principal, pool)]
+        return ModelNotFound(name, known)
+
+    def choose(self, name: str, principal: Principal) -> tuple[ModelPool, bool | None]:
         """The pool of that name, and whether the name says that the model shall think, or shall not.
 
         `NAME-thinking` and `NAME-nothinking` do, for any NAME that exists.
@@ -64,7 +83,7 @@ class ModelDirectory:
             base = self._by_name.get(name.removesuffix(suffix))
             if name.endswith(suffix) and name not in self._by_name and base is not None:
                 return base, thinks
-        return self.find(name), None
+        return self.find(name, principal), None
 
     def describe(self, pool: ModelPool) -> dict[str, Any]:
         """OpenAI's model object; `aliases`, `context_length` and `format` are ours."""
@@ -127,7 +146,7 @@ class Api:
     async def chat_completions(self, call: Call) -> None:
         body = await call.body()
         request = wire.decode_chat(body, self._limits)
-        pool, thinks = self._directory.choose(request.model)
+        pool, thinks = self._directory.choose(request.model, principal_of(call))
         account = self._open_account(call, pool)
         if thinks is not None:
             request = msgspec.structs.replace(request, thinking=thinks)
@@ -164,7 +183,7 @@ class Api:
     async def completions(self, call: Call) -> None:
         body = await call.body()
         request = wire.decode_completion(body, self._limits)
-        pool = self._directory.find(request.model)
+        pool = self._directory.find(request.model, principal_of(call))
         account = self._open_account(call, pool)
         out = self._open(call, sse=request.stream)
         if pool.kind == "chat":
@@ -220,7 +239,7 @@ class Api:
     async def embeddings(self, call: Call) -> None:
         body = await call.body()
         request = wire.decode_embedding(body, self._limits)
-        pool = self._directory.find(request.model)
+        pool = self._directory.find(request.model, principal_of(call))
         account = self._open_account(call, pool)
         if pool.kind == "chat":
             out = self._open(call, sse=False)
@@ -267,11 +286,13 @@ class Api:
         await self._json(call, {"content": text, "prompt": text})
 
     async def models(self, call: Call) -> None:
-        listed = [self._directory.describe(pool) for pool in self._directory.pools]
+        pools = self._directory.pools_of(principal_of(call))
+        listed = [self._directory.describe(pool) for pool in pools]
         await self._json(call, {"object": "list", "data": listed})
 
     async def model(self, call: Call) -> None:
-        await self._json(call, self._directory.describe(self._directory.find(call.rest)))
+        pool = self._directory.find_listed(call.rest, principal_of(call))
+        await self._json(call, self._directory.describe(pool))
 
     async def openapi(self, call: Call) -> None:
         await self._json(call, self._openapi)
@@ -311,19 +332,19 @@ class Api:
 
     def _open_account(self, call: Call, pool: ModelPool) -> Account:
         """The account of a request for a model. Raises PermissionDenied if its key may not use that."""
-        assert call.principal is not None, "these routes need a key"
+        principal = principal_of(call)
         assert call.grant is not None, "the gate has admitted it"
         call.tally.model = pool.name
-        account = Account(self._books, call.id, call.principal, call.grant, call.tally, call.headers)
+        account = Account(self._books, call.id, principal, call.grant, call.tally, call.headers)
         call.account = account
-        check_model(call.principal, pool)
+        check_model(principal, pool)
         return account
 
     def _token_pool(self, call: Call, name: str | None) -> ModelPool:
-        pool = self._directory.pools[0] if name is None else self._directory.find(name)
+        principal = principal_of(call)
+        pool = self._directory.pools[0] if name is None else self._directory.find(name, principal)
         call.tally.model = pool.name
-        assert call.principal is not None, "these routes need a key"
-        check_model(call.principal, pool)
+        check_model(principal, pool)
         if pool.kind != "token":
             raise InvalidRequest(
                 f"{pool.name} is served by an upstream that gives no access to its tokens.", param="model"
@@ -352,6 +373,12 @@ class Api:
     async def _json(self, call: Call, value: object) -> None:
         call.tally.status = 200
         await send_json(call.out, 200, value, call.headers)
+
+
+def principal_of(call: Call) -> Principal:
+    """Whose call it is, on a route that needs a key."""
+    assert call.principal is not None, "the gate has let it in"
+    return call.principal
 
 
 def identity_of(request_id: str, kind: str, pool: ModelPool) -> tuple[str, int, str]:
