@@ -95,7 +95,7 @@ class LimitSettings(Section, frozen=True):
 class EngineSettings(Section, frozen=True):
     """`[[models.engines]]`: one engine, or several replicas of one, behind a model name.
 
-    llamacpp, vllm, sglang: path, replicas, batch_size (slots), context (tokens per slot), and how it is started
+    llamacpp, vllm, sglang: path, replicas, batch_size (slots), context (tokens per slot), how it is started
               (command, args, env); or base_url of one that runs already.
     llamacpp: threads, gpu_layers, embedding. vllm, sglang: tensor_parallel.
     openai:   base_url, model (its name there), api_key_env, concurrency (0: no cap).
@@ -120,6 +120,7 @@ class EngineSettings(Section, frozen=True):
     connect_timeout: float = 5.0
     read_timeout: float = 600.0
     stall_timeout: float = 120.0
+    prefix_continuation: bool = False
 
     @property
     def managed(self) -> bool:
@@ -208,6 +209,11 @@ def huggingface_endpoint() -> str:
 def huggingface_token() -> str | None:
     """The access token for gated repositories (`HF_TOKEN`)."""
     return os.environ.get("HF_TOKEN") or None
+
+
+def huggingface_cache() -> Path:
+    """Where Hugging Face's programs keep what they fetch: `HF_HOME`, as they do."""
+    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
 
 
 def modelscope_endpoint() -> str:

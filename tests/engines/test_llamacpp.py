@@ -14,8 +14,10 @@ import pytest
 
 from deepseek_api_compat.config import EngineSettings
 from deepseek_api_compat.engines.base import Endpoint
+from deepseek_api_compat.engines.kinds import listening_place, managed
 from deepseek_api_compat.engines.lifeline import Lifeline
-from deepseek_api_compat.engines.llamacpp import LlamaCpp, managed, ready
+from deepseek_api_compat.engines.llamacpp import LlamaCpp
+from deepseek_api_compat.engines.readiness import ready
 from deepseek_api_compat.engines.upstream import Upstream
 from deepseek_api_compat.errors import (
     ApiError,
@@ -262,8 +264,8 @@ async def test_managed_engine_serves_embeds_and_survives_a_kill(
     lifeline = Lifeline()
     process = managed(
         settings,
-        model_path=model_path,
-        socket=socket_path,
+        model=str(model_path),
+        endpoint=listening_place(settings, socket_path),
         log=tmp_path / "logs" / "e.log",
         lifeline=lifeline,
     )
@@ -302,9 +304,8 @@ async def test_broken_model_fails_at_once(socket_path: Path, tmp_path: Path) -> 
     model.write_bytes(b"hello")
     lifeline = Lifeline()
     settings = EngineSettings(kind="llamacpp")
-    process = managed(
-        settings, model_path=model, socket=socket_path, log=tmp_path / "e.log", lifeline=lifeline
-    )
+    place = listening_place(settings, socket_path)
+    process = managed(settings, model=str(model), endpoint=place, log=tmp_path / "e.log", lifeline=lifeline)
     process.start()
     await process.until("failed")
     assert process.detail.splitlines()[-1].startswith(f"{model} is not a readable GGUF file")
@@ -313,16 +314,8 @@ async def test_broken_model_fails_at_once(socket_path: Path, tmp_path: Path) -> 
 
 
 def test_socket_path_too_long(tmp_path: Path) -> None:
-    lifeline = Lifeline()
     with pytest.raises(ConfigError, match="too long for a socket"):
-        managed(
-            EngineSettings(kind="llamacpp"),
-            model_path=tmp_path,
-            socket=tmp_path / ("x" * 110) / "e.sock",
-            log=tmp_path / "e.log",
-            lifeline=lifeline,
-        )
-    lifeline.close()
+        listening_place(EngineSettings(kind="llamacpp"), tmp_path / ("x" * 110) / "e.sock")
 
 
 # A scripted one

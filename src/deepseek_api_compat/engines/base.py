@@ -32,10 +32,11 @@ class Endpoint(msgspec.Struct, frozen=True):
 class Capabilities(msgspec.Struct, frozen=True):
     """What a token engine can do.
 
-    resume: a prompt and the ids of half an answer are a job like any other. grammar: `Job.grammar` is enforced.
-    logprobs, logit_bias: of `Job`. penalties_see_prompt: presence and frequency penalties count the ids of the
-    prompt too, or else those of the answer only. embeddings: `embed` works. prefix_cache: `Piece.cached_tokens`
-    is told, and is not always 0.
+    resume: a prompt and the ids of half an answer are a job like any other.
+    grammar: `Job.grammar` is enforced. logprobs, logit_bias: those of `Job` are honoured.
+    penalties_see_prompt: presence and frequency penalties count the ids of the prompt too (else `Job.sent`
+        says how many of them are the answer's, and what they owe is made up for).
+    embeddings: `embed` works. prefix_cache: `Piece.cached_tokens` is told.
     """
 
     resume: bool = True

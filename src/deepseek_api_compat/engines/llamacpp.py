@@ -1,4 +1,4 @@
-"""llama.cpp's HTTP server as a token engine, and as a managed process.
+"""llama.cpp's HTTP server as a token engine, and the command lines that start it.
 
 A control token can't be spelled by accident: prompts go to the server as ids and texts, and where it would
 make a token of a text all the same, the text is cut (`plain_text`). SentencePiece models get a space in
@@ -16,10 +16,9 @@ Three things that llama.cpp keeps to itself are found out here:
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import sys
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,12 +27,10 @@ import msgspec
 from deepseek_api_compat.config import EngineSettings
 from deepseek_api_compat.engines import llamacpp_wire as wire
 from deepseek_api_compat.engines import llguidance
-from deepseek_api_compat.engines.base import Endpoint, ModelInfo, TokenEngine
-from deepseek_api_compat.engines.lifeline import Lifeline
+from deepseek_api_compat.engines.base import Capabilities, Endpoint, ModelInfo
 from deepseek_api_compat.engines.plain_text import PlainText
-from deepseek_api_compat.engines.process import ManagedProcess
 from deepseek_api_compat.engines.upstream import Lost, Upstream
-from deepseek_api_compat.errors import ConfigError, EngineFailed, InvalidRequest, ModelError
+from deepseek_api_compat.errors import EngineFailed, InvalidRequest, ModelError
 from deepseek_api_compat.models import checkpoint
 from deepseek_api_compat.protocol.grammar import Grammar
 from deepseek_api_compat.protocol.job import Job, Piece
@@ -41,8 +38,6 @@ from deepseek_api_compat.protocol.segment import Segment
 
 T = TypeVar("T")
 
-SOCKET_PATH_MAX = 103  # bytes; Linux takes 107, macOS and BSD 103
-READY_TIMEOUT = 600.0  # seconds for loading; hundreds of GB from a disk take minutes
 REMEMBERED = 4096  # spellings and grammars kept
 
 
@@ -84,6 +79,7 @@ class LlamaCpp:
             chat_template=props.chat_template or None,
             bos=props.bos_token,
             eos=props.eos_token,
+            can=Capabilities(penalties_see_prompt=True, embeddings=True),
         )
 
     async def tokenize(self, text: str, *, special: bool) -> list[int]:
@@ -211,16 +207,6 @@ class LlamaCpp:
         return wire.decode(data, answer)
 
 
-async def ready(engine: TokenEngine) -> ModelInfo:
-    """What the engine serves, after one real token from it. Raises ApiError while it can't."""
-    info = await engine.info()
-    job = Job(prompt_ids=await engine.tokenize("Hello", special=False), max_tokens=1)
-    made = [piece async for pieces in engine.stream(job) for piece in pieces]
-    if not any(piece.ids for piece in made):
-        raise EngineFailed("The engine says that it is ready, but generates nothing.")
-    return info
-
-
 def with_files(info: ModelInfo, model: Path) -> ModelInfo:
     """`info`, and what the engine doesn't tell but the model's files do. Raises EngineFailed.
 
@@ -239,49 +225,32 @@ def with_files(info: ModelInfo, model: Path) -> ModelInfo:
     )
 
 
-def managed(
-    settings: EngineSettings,
-    *,
-    model_path: Path,
-    socket: Path,
-    log: Path,
-    lifeline: Lifeline,
-    on_change: Callable[[ManagedProcess], None] | None = None,
-) -> ManagedProcess:
-    """The process that serves `model_path` on `socket` as `settings` say; not started yet.
-
-    The socket's directory is made, for this user only. Raises ConfigError if its path is too long.
-    """
-    if len(str(socket).encode()) > SOCKET_PATH_MAX:
-        raise ConfigError(f"The path {socket} is too long for a socket: choose a shorter data directory.")
-    socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    socket.parent.chmod(0o700)
+def embedded(settings: EngineSettings, model: Path, socket: Path, lifeline: int) -> list[str]:
+    """The command line of the embedded engine."""
     options = {
-        "--model": model_path,
+        "--model": model,
         "--socket": socket,
         "--slots": settings.batch_size,
         "--context": settings.context,
         "--threads": settings.threads,
         "--gpu-layers": settings.gpu_layers,
-        "--lifeline": lifeline.fd,
+        "--lifeline": lifeline,
     }
     argv = [sys.executable, "-m", "deepseek_api_compat.engines.llamacpp_server"]
     argv += [f"{option}={value}" for option, value in options.items()]
+    return argv + ["--embedding"] * settings.embedding
+
+
+def llama_server(settings: EngineSettings, model: Path, socket: Path) -> list[str]:
+    """The command line of llama.cpp's own `llama-server`, which is `settings.command`."""
+    options: dict[str, object] = {"--model": model, "--host": socket, "--parallel": settings.batch_size}
+    # Its context is that of all slots together; 0 is the model's own.
+    options["--ctx-size"] = settings.context * settings.batch_size
+    if settings.threads:
+        options["--threads"] = settings.threads
+    if settings.gpu_layers >= 0:
+        options["--n-gpu-layers"] = settings.gpu_layers
     if settings.embedding:
-        argv.append("--embedding")
-
-    async def is_ready() -> ModelInfo:
-        engine = LlamaCpp(Endpoint(uds=str(socket)))
-        try:
-            return await asyncio.to_thread(with_files, await ready(engine), model_path)
-        finally:
-            await engine.close()
-
-    return ManagedProcess(
-        argv,
-        log=log,
-        ready=is_ready,
-        pass_fds=(lifeline.fd,),
-        start_timeout=READY_TIMEOUT,
-        on_change=on_change,
-    )
+        options["--pooling"] = "mean"
+    written = [part for option, value in options.items() for part in (option, str(value))]
+    return [*settings.command, *written, *["--embedding"] * settings.embedding, *settings.args]

@@ -27,6 +27,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -35,7 +36,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from deepseek_api_compat.engines.base import ModelInfo
-from deepseek_api_compat.errors import ApiError
+from deepseek_api_compat.engines.guard import descendants
+from deepseek_api_compat.errors import ApiError, EngineFailed
 
 State = Literal["starting", "ready", "backoff", "failed", "stopping", "stopped"]
 
@@ -44,6 +46,10 @@ READY_POLL = 0.02  # seconds between two questions whether it is ready
 LOG_CHECK = 30.0  # seconds between two looks at the size of the log
 LOG_CAP = 8 * 1024 * 1024  # bytes; one older log of that size is kept beside it
 TAIL_LINES = 12
+
+
+class Unfit(EngineFailed):
+    """It answers, but must not be used, and no new start would change that: raised by `ready`."""
 
 
 class Backoff(msgspec.Struct, frozen=True):
@@ -75,6 +81,7 @@ class ManagedProcess:
 
     ready: asked again and again until it returns what the process serves; ApiError and OSError mean
         "not yet". It has `start_timeout` seconds in all.
+        Unfit leads to `failed`.
     pass_fds: file descriptors that the child inherits (its lifeline).
     on_change: called with this object, in the event loop, after each change of state.
 
@@ -100,6 +107,7 @@ class ManagedProcess:
         self.state: State = "stopped"
         self.detail = ""
         self.pid: int | None = None
+        self.started = 0.0  # Unix time of the last start
         self.info: ModelInfo | None = None
         self._ready = ready
         self._env = env
@@ -133,6 +141,12 @@ class ManagedProcess:
             self._asked.set()
             # Shielded: a caller that gives up waiting must not leave a process behind.
             await asyncio.shield(self._task)
+
+    def memory(self) -> int:
+        """Bytes of RAM that the process and all its children hold; what they share counts for each."""
+        if self.pid is None:
+            return 0
+        return sum(map(_resident, [self.pid, *descendants(self.pid)]))
 
     async def until(self, *states: State) -> State:
         """Wait until the state is one of `states`. One that lasts only a moment may be missed."""
@@ -173,14 +187,14 @@ class ManagedProcess:
             process = await self._spawn()
         except OSError as error:
             return _End(f"Can't start {self.argv[0]}: {error.strerror}.", healthy=False, hopeless=True)
-        self.pid = process.pid
+        self.pid, self.started = process.pid, time.time()
         exit_: asyncio.Future[Any] = asyncio.ensure_future(process.wait())
         leave: asyncio.Future[Any] = asyncio.ensure_future(self._leave.wait())
         clock = asyncio.get_running_loop().time
         began = clock()
-        healthy = False
+        healthy = hopeless = False
         try:
-            problem = await self._until_ready(exit_, leave)
+            problem, hopeless = await self._until_ready(exit_, leave)
             if not problem and not exit_.done() and not leave.done():
                 ready = clock()
                 self._set("ready")
@@ -200,7 +214,7 @@ class ManagedProcess:
             end = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
             problem = f"The process {end} after {clock() - began:.1f} s."
         tail = await asyncio.to_thread(_tail, self.log)
-        return _End(f"{problem}\n{tail}".rstrip(), healthy, hopeless=code == USAGE_ERROR)
+        return _End(f"{problem}\n{tail}".rstrip(), healthy, hopeless or code == USAGE_ERROR)
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         log = await asyncio.to_thread(_open_log, self.log)
@@ -217,8 +231,8 @@ class ManagedProcess:
         finally:
             os.close(log)
 
-    async def _until_ready(self, exit_: asyncio.Future[Any], leave: asyncio.Future[Any]) -> str:
-        """Why it is not ready in time; "" when it is, and when it has died or must leave."""
+    async def _until_ready(self, exit_: asyncio.Future[Any], leave: asyncio.Future[Any]) -> tuple[str, bool]:
+        """Why it is not ready ("" when it is, has died or must leave), and whether it never will be."""
         answers: list[str] = []
         asking = asyncio.ensure_future(self._ask(answers))
         try:
@@ -229,8 +243,10 @@ class ManagedProcess:
                 self.info = asking.result()
             elif not exit_.done() and not leave.done():
                 last = answers[-1] if answers else "it gives no answer"
-                return f"The process was not ready within {self._start_timeout:g} s: {last}"
-            return ""
+                return f"The process was not ready within {self._start_timeout:g} s: {last}", False
+            return "", False
+        except Unfit as error:
+            return str(error), True
         finally:
             asking.cancel()
             await asyncio.wait({asking})
@@ -239,6 +255,8 @@ class ManagedProcess:
         while True:
             try:
                 return await self._ready()
+            except Unfit:
+                raise
             except (ApiError, OSError) as error:
                 answers[:] = [str(error)]
             await asyncio.sleep(READY_POLL)
@@ -263,6 +281,12 @@ def _signal_group(pid: int, number: int) -> None:
     # PermissionError is macOS's answer for a group of which only a zombie is left.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
+
+
+def _resident(pid: int) -> int:
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _open_log(path: Path) -> int:

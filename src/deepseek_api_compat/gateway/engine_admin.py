@@ -15,7 +15,7 @@ from deepseek_api_compat.gateway.replicas import Replica
 from deepseek_api_compat.store.audit import Actor
 
 ENGINE_OPERATIONS = frozenset({"engines.list", "engines.drain", "engines.restart"})
-SHOWN = ("model", "replica", "kind", "state", "pid", "detail")
+SHOWN = ("model", "replica", "kind", "state", "pid", "detail", "argv", "memory", "started")
 MOVING_TIME = 10.0  # seconds in which answers should have left a drained replica for another one
 POLL = 0.05
 logger = logging.getLogger("deepseek_api")

@@ -9,8 +9,8 @@ from contextlib import aclosing
 import msgspec
 
 from deepseek_api_compat.config import ModelSettings
+from deepseek_api_compat.engines import kinds
 from deepseek_api_compat.engines.base import EngineState, ModelInfo, TokenEngine
-from deepseek_api_compat.engines.llamacpp import LlamaCpp
 from deepseek_api_compat.engines.upstream import Hung, Lost, Upstream
 from deepseek_api_compat.errors import ApiError, EngineFailed, EngineTimeout, EngineUnavailable
 from deepseek_api_compat.gateway.slots import Lease, Leases
@@ -176,14 +176,7 @@ class ModelPool:
         engine = self._engines.get(replica)
         if engine is None:
             config = self.settings.engines[self._engine_of(replica)]
-            state = self._states[replica]
-            engine = self._engines[replica] = LlamaCpp(
-                state.endpoint,
-                known=state.info,
-                connect_timeout=config.connect_timeout,
-                read_timeout=config.read_timeout,
-                stall_timeout=config.stall_timeout,
-            )
+            engine = self._engines[replica] = kinds.client(config, self._states[replica])
         return engine
 
     def _engine_of(self, replica: int) -> int:

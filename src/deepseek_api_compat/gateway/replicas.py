@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from deepseek_api_compat.config import EngineSettings, Settings, secret_from_env
-from deepseek_api_compat.engines import llamacpp
-from deepseek_api_compat.engines.base import Endpoint, EngineState, ModelInfo
+import msgspec
+
+from deepseek_api_compat.config import EngineSettings, Settings
+from deepseek_api_compat.engines import hf_files, kinds
+from deepseek_api_compat.engines.base import Endpoint, EngineState, ModelInfo, TokenEngine
 from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.engines.process import ManagedProcess
+from deepseek_api_compat.engines.readiness import ready
 from deepseek_api_compat.engines.upstream import Upstream
-from deepseek_api_compat.errors import ApiError, ConfigError, ModelError, SetupError, WrongValue
+from deepseek_api_compat.errors import ApiError, ModelError, SetupError, WrongValue
 from deepseek_api_compat.models import checkpoint, gguf
 from deepseek_api_compat.protocol.deepseek.detect import unmet
 
@@ -23,6 +27,8 @@ PROBE_INTERVAL = 5.0  # seconds between two looks at a replica that is ready
 PROBE_TIMEOUT = 10.0  # seconds in which it should answer the simplest question
 MISSED = 3  # such questions in a row without an answer: it hangs
 UNLIMITED = 1 << 30
+Question = Callable[[TokenEngine], Awaitable[ModelInfo]]
+logger = logging.getLogger("deepseek_api")
 
 
 class Replica(ABC):
@@ -111,7 +117,7 @@ class WatchedUpstream(Replica):
         on_change: Callable[[Replica], None],
     ) -> None:
         super().__init__(pool, model, number, settings.kind, on_change)
-        self.endpoint = endpoint_of(settings)
+        self.endpoint = kinds.endpoint_of(settings)
         self.slots = settings.concurrency or UNLIMITED
         self._client = Upstream(self.endpoint, connect_timeout=settings.connect_timeout, read_timeout=10.0)
         self._task: asyncio.Task[None] | None = None
@@ -161,26 +167,43 @@ class WatchedUpstream(Replica):
             self._set("ready", "")
 
 
-def endpoint_of(settings: EngineSettings) -> Endpoint:
-    """Raises ConfigError for a base URL that is none, or a key variable that is unset."""
-    try:
-        url = urlsplit(settings.base_url or "")
-        port = url.port
-    except ValueError:  # a port or an address in brackets that is none
-        url, port = urlsplit(""), None
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise ConfigError(f"Configuration: base_url {settings.base_url!r} is not an http or https address.")
-    headers = {}
-    if settings.api_key_env:
-        headers["authorization"] = f"Bearer {secret_from_env(settings.api_key_env)}"
-    tls = url.scheme == "https"
-    return Endpoint(
-        host=url.hostname,
-        port=port or (443 if tls else 80),
-        tls=tls,
-        base=url.path.rstrip("/"),
-        headers=headers,
-    )
+class AttachedEngine(WatchedUpstream):
+    """A token engine that is not ours: examined until it gives real tokens, then asked as the others are."""
+
+    def __init__(
+        self,
+        pool: int,
+        model: str,
+        number: int,
+        settings: EngineSettings,
+        format: str,
+        on_change: Callable[[Replica], None],
+    ) -> None:
+        super().__init__(pool, model, number, settings, on_change)
+        self._settings = settings
+        self._format = format
+
+    async def _examine(self, hung: bool) -> None:
+        problem = await _ask(self, self._settings, ready, self._settings.stall_timeout)
+        if self.state == "doubtful":
+            self._set(*(("starting", problem) if problem else ("ready", "")))
+
+    async def _probe(self) -> None:
+        if self.state == "ready":
+            if problem := await _ask(self, self._settings, TokenEngine.info, PROBE_TIMEOUT):
+                self._set("starting", f"{self._client.where}: {problem}")
+            return
+        try:
+            self.info = await kinds.examine(self._settings, self.endpoint, self._settings.path)
+        except ApiError as error:
+            self._set("starting", f"{self._client.where}: {error.message}")
+            return
+        self.slots = self._settings.concurrency or self.info.slots
+        format = self.info.format if self._format == "auto" else self._format
+        if problem := unmet(format, self.info.controls):
+            self._set("starting", problem)
+        else:
+            self._set("ready", "")
 
 
 class ManagedEngine(Replica):
@@ -198,29 +221,37 @@ class ManagedEngine(Replica):
         on_change: Callable[[Replica], None],
     ) -> None:
         super().__init__(pool, model, number, settings.kind, on_change)
-        self._path = Path(settings.path or "")
+        self._path = settings.path or ""
         self._format = format
         socket = data_dir / "run" / "engines" / f"{pool}-{number}.sock"
-        self.endpoint = Endpoint(uds=str(socket))
+        self.endpoint = kinds.listening_place(settings, socket)
         self.slots = settings.batch_size
         self._new_process = partial(
-            llamacpp.managed,
+            kinds.managed,
             settings,
-            socket=socket,
+            endpoint=self.endpoint,
             log=data_dir / "logs" / f"engine-{pool}-{number}.log",
             lifeline=lifeline,
             on_change=self._follow,
         )
-        self._process = self._new_process(model_path=self._path)
-
+        self._process = self._new_process(model=self._path)
+        self._memory = 0
         self._settings = settings
         self._watch: asyncio.Future[None] | None = None
+
+    def describe(self) -> EngineState:
+        return msgspec.structs.replace(
+            super().describe(),
+            argv=kinds.shown(self._process.argv),
+            memory=self._memory if self.pid else 0,
+            started=self._process.started if self.pid else 0.0,
+        )
 
     async def start(self) -> None:
         if problem := await asyncio.to_thread(self._problem):
             self._set("failed", problem)
         else:
-            self._process.start()
+            self._begin()
             self._watch = asyncio.ensure_future(self._keep_asking())
 
     async def stop(self) -> None:
@@ -233,8 +264,12 @@ class ManagedEngine(Replica):
     async def check(self, path: Path) -> None:
         await asyncio.to_thread(self._check_model, path)
 
+    def _begin(self) -> None:
+        logger.info("%s %d: %s", self.model, self.number, shlex.join(kinds.shown(self._process.argv)))
+        self._process.start()
+
     async def restart(self, path: Path | None = None) -> None:
-        before = self._path
+        before = Path(self._path)
         self._held = False
         try:
             await self._start_anew(path or before)
@@ -246,19 +281,24 @@ class ManagedEngine(Replica):
 
     async def _start_anew(self, path: Path) -> None:
         await self._process.stop()
-        self._path = path
+        self._path = str(path)
         if problem := await asyncio.to_thread(self._problem):
             self._set("failed", problem)
             raise SetupError(problem)
-        self._process = self._new_process(model_path=path)
-        self._process.start()
+        self._process = self._new_process(model=self._path)
+        self._begin()
         if await self._process.until("ready", "failed") != "ready":
             raise SetupError(self._process.detail)
 
     def _check_model(self, path: Path) -> None:
         # Answers that have begun, and requests that wait, are ids of these tokens.
-        gguf.inspect(path)
-        if gguf.tokens_digest(path) != gguf.tokens_digest(self._path):
+        if self.kind == "llamacpp":
+            gguf.inspect(path)
+            same = gguf.tokens_digest(path) == gguf.tokens_digest(Path(self._path))
+        else:
+            checkpoint.read(path)
+            same = hf_files.same_tokenizer(path, Path(self._path))
+        if not same:
             problem = f"The tokens of {path} are not those of the model that {self.model} serves now"
             raise WrongValue(f"{problem}: serve it under a name of its own.", "path")
 
@@ -269,7 +309,7 @@ class ManagedEngine(Replica):
         """
         pid = self._process.pid
         patience = self._settings.stall_timeout if hung else PROBE_TIMEOUT
-        problem = await self._ask(llamacpp.ready if hung else llamacpp.LlamaCpp.info, patience)
+        problem = await self._ask(ready if hung else TokenEngine.info, patience)
         if self.state == "doubtful" and self._process.pid == pid:
             if problem:
                 self._process.kill()
@@ -281,31 +321,23 @@ class ManagedEngine(Replica):
         missed = 0
         while True:
             await asyncio.sleep(PROBE_INTERVAL)
-            problem = self.state == "ready" and await self._ask(llamacpp.LlamaCpp.info, PROBE_TIMEOUT)
+            self._memory = await asyncio.to_thread(self._process.memory)
+            problem = self.state == "ready" and await self._ask(TokenEngine.info, PROBE_TIMEOUT)
             missed = missed + 1 if problem else 0
             if missed >= MISSED:
                 missed = 0
                 self.doubt(False)
 
-    async def _ask(
-        self, question: Callable[[llamacpp.LlamaCpp], Awaitable[ModelInfo]], patience: float
-    ) -> str:
-        """Why it gave no answer within `patience` seconds; "" if it did."""
-        engine = llamacpp.LlamaCpp(self.endpoint, read_timeout=patience)
-        try:
-            await asyncio.wait_for(question(engine), patience)
-            return ""
-        except asyncio.TimeoutError:
-            return f"It gave no answer within {patience:g} s."
-        except ApiError as error:
-            return error.message
-        finally:
-            await engine.close()
+    async def _ask(self, question: Question, patience: float) -> str:
+        return await _ask(self, self._settings, question, patience)
 
     def _problem(self) -> str:
         """Why this model's prompts can't be written, which no new start would change; "" if they can."""
+        folder = Path(self._path) if self.kind == "llamacpp" else hf_files.folder_of(self._path)
+        if folder is None:  # the engine will fetch it, or say that there is no such model
+            return ""
         try:
-            files = checkpoint.read(self._path)
+            files = checkpoint.read(folder)
         except ModelError as error:
             return str(error)
         return unmet(files.format if self._format == "auto" else self._format, files.controls)
@@ -314,6 +346,20 @@ class ManagedEngine(Replica):
         self.pid = process.pid
         self.info = process.info or self.info
         self._set("starting" if process.state == "backoff" else process.state, process.detail)
+
+
+async def _ask(replica: Replica, settings: EngineSettings, question: Question, patience: float) -> str:
+    """Why a token engine gave no answer within `patience` seconds; "" if it did."""
+    engine = kinds.connect(settings, replica.endpoint, replica.info, patience)
+    try:
+        await asyncio.wait_for(question(engine), patience)
+        return ""
+    except asyncio.TimeoutError:
+        return f"It gave no answer within {patience:g} s."
+    except ApiError as error:
+        return error.message
+    finally:
+        await engine.close()
 
 
 def replicas_of(
@@ -325,19 +371,13 @@ def replicas_of(
         number = 0
         for engine in model.engines:
             for _ in range(engine.replicas):
-                if engine.kind == "llamacpp":
-                    managed = ManagedEngine(
-                        pool,
-                        model.name,
-                        number,
-                        engine,
-                        model.format,
-                        settings.data_dir,
-                        lifeline,
-                        on_change,
-                    )
+                where = (pool, model.name, number, engine)
+                if engine.kind == "openai":
+                    replicas.append(WatchedUpstream(*where, on_change))
+                elif engine.managed:
+                    managed = ManagedEngine(*where, model.format, settings.data_dir, lifeline, on_change)
                     replicas.append(managed)
                 else:
-                    replicas.append(WatchedUpstream(pool, model.name, number, engine, on_change))
+                    replicas.append(AttachedEngine(*where, model.format, on_change))
                 number += 1
     return replicas
