@@ -1,8 +1,9 @@
 """Memory that all processes of one service share, and the lock on it.
 
-The supervisor makes one unlinked file, maps it and hands the descriptor to its workers. The lock is
-a POSIX record lock on that file: the kernel releases it when its holder dies, so a killed worker can
-never leave it held. Critical sections are a few microseconds of arithmetic; nothing awaits inside.
+The supervisor makes one file without a name, in memory where the system can, maps it and hands the
+descriptor to its workers. The lock is a POSIX record lock on that file: the kernel releases it when its
+holder dies, so a killed worker can never leave it held. Critical sections are a few microseconds of
+arithmetic; nothing awaits inside.
 """
 
 from __future__ import annotations
@@ -29,10 +30,8 @@ class SharedMemory:
 
     @classmethod
     def create(cls, cells: int) -> SharedMemory:
-        file = tempfile.TemporaryFile()  # noqa: SIM115 - the descriptor lives as long as the service
-        fd = os.dup(file.fileno())
-        file.close()
-        os.ftruncate(fd, cells * 8)
+        fd = _nameless_file()
+        os.ftruncate(fd, cells * 8)  # sparse: a page exists from the first write to it
         return cls(fd, cells)
 
     def __enter__(self) -> SharedMemory:
@@ -49,3 +48,10 @@ class SharedMemory:
         self.floats.release()
         self._map.close()
         os.close(self.fd)
+
+
+def _nameless_file() -> int:
+    if hasattr(os, "memfd_create"):  # Linux: no disk can be full under it, and nothing is written back
+        return os.memfd_create("deepseek-api")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
