@@ -2,9 +2,9 @@
 
     python -m bench.cache [--tokens 1500] [--rounds 8] [--turns 6]
 
-First prompts of the same length whose first 0, 25, 50 and 90 percent were asked just before, interleaved; then
-a conversation, each turn with its history cached and, under another first word, without. Every TTFT is that
-of a stream through the whole service with the embedded engine, one at a time.
+First prompts of the same length whose first 0, 25, 50 and 90 percent were asked just before, interleaved;
+then a conversation, each turn with its history cached and, under another first word, without. Every TTFT is
+that of a stream through the whole service with the embedded engine, one at a time.
 """
 
 from __future__ import annotations

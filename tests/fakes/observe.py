@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from fakes.service import Service
-from fakes.wire import call, request
+from fakes.service import Service, eventually
+from fakes.wire import Wire, call, request
 
 
 def metrics(service: Service) -> dict[str, float]:
@@ -76,3 +77,13 @@ def descendants(pid: int) -> set[int]:
         for child in map(int, (task / "children").read_text().split()):
             found |= {child} | descendants(child)
     return found
+
+
+def watched(service: Service) -> Iterator[Service]:
+    """After every test: the same workers as before, nothing leased, no traceback in the log."""
+    workers = service.workers()
+    yield service
+    Wire.close_all()
+    assert service.workers() == workers, "a worker died"
+    eventually(lambda: idle(service), what="all slots free and the queue empty")
+    assert "Traceback" not in log_of(service), log_of(service)

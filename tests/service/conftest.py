@@ -9,8 +9,8 @@ import pytest
 
 from fakes.chat_upstream import ChatUpstream, answering_all
 from fakes.configs import ENGINE, ENVIRONMENT, IMPATIENT, upstream_model
-from fakes.observe import idle, log_of
-from fakes.service import Service, eventually
+from fakes.observe import watched
+from fakes.service import Service
 from fakes.wire import Wire
 
 Start = Callable[..., Service]
@@ -84,13 +84,3 @@ def service(engine_service: Service) -> Iterator[Service]:
 def _no_connection_left() -> Iterator[None]:
     yield
     Wire.close_all()
-
-
-def watched(service: Service) -> Iterator[Service]:
-    """After every test: the same workers as before, nothing leased, no traceback in the log."""
-    workers = service.workers()
-    yield service
-    Wire.close_all()
-    assert service.workers() == workers, "a worker died"
-    eventually(lambda: idle(service), what="all slots free and the queue empty")
-    assert "Traceback" not in log_of(service), log_of(service)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 
 import msgspec
@@ -98,13 +98,30 @@ class ModelPool:
         """A client of any ready replica, for calls that take no slot (tokenize)."""
         return self._engine((await self.any_ready()).replica)
 
-    async def upstream(self) -> tuple[EngineState, Upstream]:
-        """A ready chat upstream, each in turn."""
+    async def upstream(self, avoid: Collection[int] = ()) -> tuple[EngineState, Upstream]:
+        """A ready chat upstream, each in turn; one to `avoid` only if there is no other."""
         await self.any_ready()
-        ready = [state for state in self._states.values() if state.state == "ready"]
+        ready = [self._states[replica] for replica in self.others(avoid) or self.others(())]
         self._turn += 1
         state = ready[self._turn % len(ready)]
         return state, self.upstream_of(state)
+
+    def others(self, avoid: Collection[int]) -> list[int]:
+        """The ready replicas that are not to be avoided."""
+        states = self._states.values()
+        return [state.replica for state in states if state.state == "ready" and state.replica not in avoid]
+
+    @property
+    def continues(self) -> bool:
+        """Whether some upstream continues messages that end with a prefix of the answer."""
+        return any(engine.prefix_continuation for engine in self.settings.engines)
+
+    def not_continuing(self) -> set[int]:
+        """The upstreams that don't."""
+        engines = self.settings.engines
+        return {
+            replica for replica in self._states if not engines[self._engine_of(replica)].prefix_continuation
+        }
 
     def upstream_of(self, state: EngineState) -> Upstream:
         client = self._upstreams.get(state.replica)
@@ -122,13 +139,13 @@ class ModelPool:
     def state_of(self, replica: int) -> EngineState:
         return self._states[replica]
 
-    async def lease(self, key: int = 0, *, urgent: bool = False) -> Lease:
-        """A slot of a ready replica, fairly among keys; `urgent`: before all who wait.
+    async def lease(self, key: int = 0, *, urgent: bool = False, order: Sequence[int] = ()) -> Lease:
+        """A slot of a ready replica, fairly among keys. `urgent`: before all who wait; `order`: whose first.
 
         Raises RateLimited, EngineUnavailable, EngineTimeout.
         """
         await self.any_ready()
-        return await self._leases.acquire(self.index, key, urgent=urgent)
+        return await self._leases.acquire(self.index, key, urgent=urgent, order=order)
 
     async def stream(
         self, job: Job, key: int = 0, on_lease: Callable[[int], Awaitable[None]] | None = None

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 
+from deepseek_api_compat.engines.base import EngineState
 from deepseek_api_compat.engines.upstream import Response, Upstream
-from deepseek_api_compat.errors import ApiError, EngineFailed, EngineUnavailable, InvalidRequest, RateLimited
+from deepseek_api_compat.errors import (
+    ApiError,
+    EngineFailed,
+    EngineTimeout,
+    EngineUnavailable,
+    InvalidRequest,
+    RateLimited,
+)
 from deepseek_api_compat.gateway.account import Account
+from deepseek_api_compat.gateway.chat_prefix import SentText
 from deepseek_api_compat.gateway.metrics import Tally
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.response import EventStream
@@ -76,37 +86,69 @@ async def relay(
     `limit` and `choices`: how much each of how many answers may have. `replace`: fields of the body in place
     of the client's. Until the upstream has counted them, a prompt's tokens are a quarter of its bytes.
 
+    An upstream that fails before the client has any of the answer is replaced by another one of the model;
+    later only by one that continues messages (`SentText`).
+
     Raises ApiError for anything that keeps the answer from being complete. Closes the upstream
     connection at once when cancelled.
     """
-    tally = account.tally
     prompt = len(body) // BYTES_PER_TOKEN
     await account.reserve(pool, prompt, limit, choices)
-    lease = await pool.lease(account.principal.index) if pool.leased else None
-    try:
-        if lease is None:
-            state, upstream = await pool.upstream()
-        else:
-            state = pool.state_of(lease.replica)
-            upstream = pool.upstream_of(state)
-        fields: dict[str, Any] = {**(replace or {}), "model": pool.upstream_model(state)}
-        wants_usage = options is not None and bool(options.include_usage)
-        if stream and not wants_usage:
-            fields["stream_options"] = {"include_usage": True}
-        await account.dispatch(state.replica)
-        tally.prompt_tokens = prompt  # as soon as it may be worked on: its client may leave any time
-        response = await _begun(upstream, path, reencode(body, fields), tally)
+    fields = dict(replace or {})
+    wants_usage = options is not None and bool(options.include_usage)
+    if stream and not wants_usage:
+        fields["stream_options"] = {"include_usage": True}
+    sent = SentText() if stream and path == "/chat/completions" and pool.continues else None
+    tried: set[int] = set()
+    begun = 0
+    while True:
         try:
-            if stream:
-                await _relay_events(response, out, account, hide_usage=not wants_usage)
-            else:
-                await _relay_body(response, out, tally)
-                account.written()
-        finally:
-            response.close()
+            async with _upstream(pool, account, tried) as (state, upstream):
+                await account.dispatch(state.replica)
+                if not account.tally.prompt_tokens:  # it may be worked on from now on
+                    account.tally.prompt_tokens = prompt
+                request = reencode(body, {**fields, "model": pool.upstream_model(state)})
+                response = await _begun(upstream, path, request, account.tally)
+                try:
+                    if stream:
+                        await _relay_events(response, out, account, sent, hide_usage=not wants_usage)
+                    else:
+                        await _relay_body(response, out, account.tally)
+                        account.written()
+                    return
+                finally:
+                    response.close()
+        except (EngineUnavailable, EngineTimeout, EngineFailed, RateLimited):
+            if out.written:
+                # Only by the text that the client has, and not twice without any more of it.
+                rest = None if sent is None else sent.rest_of(body, limit)
+                if sent is None or rest is None or sent.tokens == begun:
+                    raise
+                begun, fields, tried = sent.tokens, fields | rest, pool.not_continuing()
+            if not pool.others(tried):
+                raise
+
+
+@asynccontextmanager
+async def _upstream(
+    pool: ModelPool, account: Account, tried: set[int]
+) -> AsyncIterator[tuple[EngineState, Upstream]]:
+    """A ready upstream, and its slot if it has slots: none of those `tried` if there is another.
+
+    It is added to them.
+    """
+    if not pool.leased:
+        state, upstream = await pool.upstream(tried)
+        tried.add(state.replica)
+        yield state, upstream
+        return
+    lease = await pool.lease(account.principal.index, order=pool.others(tried) if tried else ())
+    try:
+        tried.add(lease.replica)
+        state = pool.state_of(lease.replica)
+        yield state, pool.upstream_of(state)
     finally:
-        if lease is not None:
-            lease.release()
+        lease.release()
 
 
 async def _begun(upstream: Upstream, path: str, body: bytes, tally: Tally) -> Response:
@@ -133,9 +175,15 @@ async def _relay_body(response: Response, out: EventStream, tally: Tally) -> Non
     await out.finish(data)
 
 
-async def _relay_events(response: Response, out: EventStream, account: Account, *, hide_usage: bool) -> None:
-    """Forward whole SSE events. A stream that ends without [DONE] is an error, not an end."""
+async def _relay_events(
+    response: Response, out: EventStream, account: Account, sent: SentText | None, *, hide_usage: bool
+) -> None:
+    """Forward whole SSE events, and note them as `sent`, behind those that are.
+
+    A stream that ends without [DONE] is an error, not an end.
+    """
     rest = b""
+    continuing = sent is not None and sent.tokens > 0
     done = counted = False
     tally = account.tally
     while data := await response.chunk():
@@ -150,6 +198,8 @@ async def _relay_events(response: Response, out: EventStream, account: Account, 
             rest = data
             continue
         events, rest = (data, b"") if cut == len(data) else (data[:cut], data[cut:])
+        if sent is not None and continuing:
+            events = sent.behind(events)
         if not tally.first:
             tally.first = time.monotonic()
         failed = b'"error"' in events and ERROR.search(events) is not None
@@ -162,6 +212,8 @@ async def _relay_events(response: Response, out: EventStream, account: Account, 
             counted = True
             events = _take_usage(events, tally, hide=hide_usage)
         account.progress()
+        if sent is not None:
+            sent.add(events)
         if done and not failed:
             await out.finish(events)
         elif events:

@@ -197,6 +197,7 @@ class EventStream:
         self._pulse = pulse
         self._sse = sse
         self.status = 200
+        self.written = False  # some of the body, keep-alives not counted
         self._quiet_since = now
         self._wrote = False
         self._beat: asyncio.Task[None] | None = None
@@ -204,7 +205,7 @@ class EventStream:
 
     async def write(self, data: bytes) -> None:
         """Send part of the body; waits while the client reads slower than we write."""
-        self._wrote = True
+        self._wrote = self.written = True
         if self._out.started:
             await self._out.part(data)
         else:
