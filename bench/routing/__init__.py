@@ -1,0 +1,1 @@
+"""The routing policies on simulated replicas: `python -m bench.routing`; see docs/routing.md."""
