@@ -21,6 +21,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from random import Random
 from typing import NamedTuple, Protocol
 
@@ -87,6 +88,13 @@ class Policy(Protocol):
         """
         ...
 
+    def homes(self, prompt: Prompt, replicas: Sequence[Candidate]) -> list[int]:
+        """Which healthy replicas are worth waiting for when none may be given the prompt now, the best first.
+
+        Empty if any will do.
+        """
+        ...
+
 
 class Shares:
     """Who gets how much: a replica's weight, less while it is new."""
@@ -101,11 +109,11 @@ class Shares:
             return 0.0
         slots = candidate.slots
         if candidate.age >= self._slow_start:
-            full = slots and candidate.running + candidate.queued >= slots
-            return 0.0 if full else candidate.weight
+            busy = slots and candidate.running + candidate.queued >= slots
+            return 0.0 if busy else candidate.weight
         ramp = max(LEAST_SHARE, candidate.age / self._slow_start)
-        full = slots and candidate.running + candidate.queued >= math.ceil(slots * ramp)
-        return 0.0 if full else candidate.weight * ramp
+        busy = slots and candidate.running + candidate.queued >= math.ceil(slots * ramp)
+        return 0.0 if busy else candidate.weight * ramp
 
 
 class RoundRobin:
@@ -134,6 +142,9 @@ class RoundRobin:
             self._far[first] = self._now + 1.0 / share
         return [replica for _, _, replica, _ in ranked]
 
+    def homes(self, prompt: Prompt, replicas: Sequence[Candidate]) -> list[int]:
+        return []
+
 
 class LeastLoad:
     """The fewest requests for its share, whatever it holds."""
@@ -153,6 +164,9 @@ class LeastLoad:
                 ranked.append((load, candidate.pending, turn, candidate.replica))
         ranked.sort()
         return [entry[3] for entry in ranked]
+
+    def homes(self, prompt: Prompt, replicas: Sequence[Candidate]) -> list[int]:
+        return []
 
 
 class PrefixCost:
@@ -180,6 +194,14 @@ class PrefixCost:
                 ranked.append((compute * batch / share, batch, (replica - self._turn) % count, replica))
         ranked.sort()
         return [entry[3] for entry in ranked]
+
+    def homes(self, prompt: Prompt, replicas: Sequence[Candidate]) -> list[int]:
+        held = {
+            replica: self._index.held(replica, prompt.hashes)
+            for replica in self._index.best(prompt.hashes, SAMPLE)
+            if replica < len(replicas) and replicas[replica].healthy
+        }
+        return sorted((replica for replica in held if held[replica]), key=lambda replica: -held[replica])
 
     def _considered(self, hashes: Sequence[int], replicas: Sequence[Candidate]) -> Iterable[Candidate]:
         if len(replicas) <= SCAN:
@@ -214,6 +236,10 @@ class ConsistentHash:
                 if len(below) >= SAMPLE and len(replicas) > SCAN:
                     break
         return (below + above)[:SCAN]
+
+    def homes(self, prompt: Prompt, replicas: Sequence[Candidate]) -> list[int]:
+        healthy = (n for n in self._around(prompt.affinity, len(replicas)) if replicas[n].healthy)
+        return list(islice(healthy, 1))
 
     def _load_per_share(self, replicas: Sequence[Candidate]) -> float:
         """Requests for each unit of share, if all had the same; this prompt included."""
