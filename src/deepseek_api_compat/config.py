@@ -154,6 +154,7 @@ class ModelSettings(Section, frozen=True):
     top_p: float = 1.0
     temperature_mapping: bool = False
     ready_timeout: float = 30.0
+    isolate_cache: bool = False
     limits: ModelLimitSettings = ModelLimitSettings()
     engines: list[EngineSettings] = []
 

@@ -93,3 +93,13 @@ def test_an_event_takes_microseconds() -> None:
         best = min(best, time.perf_counter() - start)
     assert len(pieces) == 2000
     assert best / 2000 < 20e-6  # 2 us on an idle machine
+
+
+def test_a_prompt_that_must_share_nothing_is_computed_as_a_whole() -> None:
+    assert completion_body(Job([1], max_tokens=1))["cache_prompt"]
+    assert not completion_body(Job([1], max_tokens=1, cache_salt="a"))["cache_prompt"]
+
+
+def test_the_part_of_the_prompt_that_is_the_answer_keeps_its_frequency_penalty() -> None:
+    job = Job([1, 1, 2, 2], max_tokens=1, sampling=Sampling(frequency_penalty=0.5), sent=2)
+    assert completion_body(job)["logit_bias"] == [(1, 1.0)]

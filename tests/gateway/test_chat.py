@@ -200,3 +200,12 @@ async def test_forced_calls_have_a_grammar() -> None:
 async def test_the_context_error_has_both_numbers() -> None:
     with pytest.raises(ContextTooLong, match=r"100 tokens.* 2\d\d\d tokens"):
         await ask(ScriptedPool("v3", "x", context=100), messages=[{"role": "user", "content": "a" * 2500}])
+
+
+async def test_keys_share_no_prefixes_where_they_must_not() -> None:
+    pool = ScriptedPool("v3", "Rain.")
+    await ask(pool)
+    assert pool.jobs[0].cache_salt == ""
+    pool.settings = ModelSettings(name="m", isolate_cache=True)
+    await ask(pool)
+    assert pool.jobs[1].cache_salt

@@ -43,7 +43,7 @@ def completion_body(job: Job) -> dict[str, Any]:
         "n_predict": job.max_tokens,
         "stream": True,
         "return_tokens": True,
-        "cache_prompt": True,
+        "cache_prompt": not job.cache_salt,  # the server knows no salt: no cache, then
         # An event after each step through the prompt: only a failed write tells it that the client has left.
         "return_progress": True,
         "response_fields": _FINAL_FIELDS,

@@ -229,6 +229,8 @@ def generate_body(job: Job, grammar: str | None = None) -> dict[str, Any]:
     if grammar is not None:
         parameters["ebnf"] = grammar
     body: dict[str, Any] = {"input_ids": job.prompt_ids, "sampling_params": parameters, "stream": True}
+    if job.cache_salt:
+        body["extra_key"] = job.cache_salt
     if job.top_logprobs is not None:
         body |= {"return_logprob": True, "top_logprobs_num": job.top_logprobs}
         body["return_text_in_logprobs"] = True

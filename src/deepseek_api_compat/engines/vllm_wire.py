@@ -46,6 +46,8 @@ def completion_body(job: Job, grammar: str | None = None) -> dict[str, Any]:
         body |= {"stop": job.stop, "include_stop_str_in_output": True}
     if job.top_logprobs is not None:
         body["logprobs"] = job.top_logprobs
+    if job.cache_salt:
+        body["cache_salt"] = job.cache_salt
     if grammar is not None:
         body["structured_outputs"] = {"grammar": grammar}
     return body

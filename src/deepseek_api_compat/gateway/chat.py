@@ -67,6 +67,7 @@ class ChatService:
             grammar=constraint(request, formats.call_syntax(format), start),
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             markers=formats.markers(info.controls),
+            cache_salt=cache_salt(pool, account),
         )
         made = [
             Choice(
@@ -115,6 +116,7 @@ class ChatService:
                 sampling=sampling_of(pool, request),
                 stop=request.stops,
                 top_logprobs=request.logprobs,
+                cache_salt=cache_salt(pool, account),
             )
             made += [
                 Choice(one, OutputParser(index))
@@ -230,6 +232,11 @@ def sampling_of(pool: ModelPool, request: ChatRequest | CompletionRequest) -> Sa
         default=Sampling(temperature=model.temperature, top_p=model.top_p),
         temperature_mapping=model.temperature_mapping,
     )
+
+
+def cache_salt(pool: ModelPool, account: Account) -> str:
+    """Whose prompts may share what the engine's prefix cache holds of them: those of one key, or everybody's."""
+    return account.principal.id if pool.settings.isolate_cache else ""
 
 
 def choices(job: Job, n: int) -> list[Job]:

@@ -34,6 +34,8 @@ class Job(msgspec.Struct, frozen=True):
     grammar: what the whole answer must look like; None for any text.
     markers: control tokens, spelled out, that must show in the text of the answer; others are left out.
     top_logprobs: None for no logprobs, else how many alternatives per token (0 to 20).
+    cache_salt: whose prefixes in the engine's cache may be used, and may be added to: those of jobs with the
+        same salt; "": of all without one.
     """
 
     prompt_ids: list[int]
@@ -44,6 +46,7 @@ class Job(msgspec.Struct, frozen=True):
     top_logprobs: int | None = None
     markers: tuple[str, ...] = ()
     sent: int = 0
+    cache_salt: str = ""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
