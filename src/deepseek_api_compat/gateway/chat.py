@@ -235,7 +235,7 @@ def sampling_of(pool: ModelPool, request: ChatRequest | CompletionRequest) -> Sa
 
 
 def cache_salt(pool: ModelPool, account: Account) -> str:
-    """Whose prompts may share what the engine's prefix cache holds of them: those of one key, or everybody's."""
+    """Who may share what the prefix cache holds of this prompt: one key's prompts, or everybody's."""
     return account.principal.id if pool.settings.isolate_cache else ""
 
 
