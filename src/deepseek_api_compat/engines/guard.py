@@ -8,6 +8,7 @@ itself is killed, the program is too (Linux), and its supervisor kills the group
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import signal
@@ -21,21 +22,24 @@ from pathlib import Path
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
-def command(program: Sequence[str], lifeline: int) -> list[str]:
-    """The command line that runs `program` under a guard."""
-    return [
-        sys.executable,
-        "-m",
-        "deepseek_api_compat.engines.guard",
-        f"--lifeline={lifeline}",
-        "--",
-        *program,
-    ]
+def command(program: Sequence[str], lifeline: int, socket: str | None = None) -> list[str]:
+    """The command line that runs `program` under a guard.
+
+    socket: a path that is cleared before, of what a killed predecessor left there.
+    """
+    guard = [sys.executable, "-m", "deepseek_api_compat.engines.guard", f"--lifeline={lifeline}"]
+    return [*guard, *([f"--socket={socket}"] if socket else []), "--", *program]
 
 
 def main() -> None:
-    lifeline = int(sys.argv[1].removeprefix("--lifeline="))
-    program = sys.argv[3:]
+    parser = argparse.ArgumentParser(prog="guard")
+    parser.add_argument("--lifeline", type=int, required=True, metavar="FD")
+    parser.add_argument("--socket", type=Path)
+    parser.add_argument("program", nargs="+")
+    options = parser.parse_args()
+    program: list[str] = options.program
+    if options.socket is not None:
+        options.socket.unlink(missing_ok=True)
     linux = sys.platform == "linux"
     prctl = ctypes.CDLL(None).prctl if linux else None
     if prctl is not None:
@@ -54,7 +58,7 @@ def main() -> None:
         sys.stderr.write(f"Can't start {program[0]}: {error.strerror}.\n")
         sys.exit(2)
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    threading.Thread(target=_die_at_eof, args=(lifeline,), daemon=True).start()
+    threading.Thread(target=_die_at_eof, args=(options.lifeline,), daemon=True).start()
     code = child.wait()
     kill_descendants()
     if code < 0:

@@ -22,8 +22,10 @@ from deepseek_api_compat.engines.llamacpp import LlamaCpp
 from deepseek_api_compat.engines.process import ManagedProcess, Unfit
 from deepseek_api_compat.engines.readiness import check_record, keeps_to_grammars, ready
 from deepseek_api_compat.engines.sglang import SgLang
+from deepseek_api_compat.engines.upstream import Upstream
 from deepseek_api_compat.engines.vllm import Vllm
-from deepseek_api_compat.errors import ConfigError
+from deepseek_api_compat.engines.vllm_wire import Models, decode, refusal
+from deepseek_api_compat.errors import ConfigError, EngineFailed
 
 SOCKET_PATH_MAX = 103  # bytes; Linux takes 107, macOS and BSD 103
 READY_TIMEOUT = 1800.0  # seconds for loading; hundreds of GB from a disk take minutes, a compilation more
@@ -131,7 +133,7 @@ def managed(
         assert endpoint.uds is not None
         argv = llamacpp.embedded(settings, Path(model), Path(endpoint.uds), lifeline.fd)
     else:
-        argv = guard.command(argv, lifeline.fd)
+        argv = guard.command(argv, lifeline.fd, endpoint.uds)
     return ManagedProcess(
         argv,
         log=log,
@@ -180,6 +182,22 @@ def shown(argv: list[str]) -> list[str]:
         parts.append("***" if hide else f"{option}=***" if secret and value else part)
         hide = secret and not value and not hide
     return parts
+
+
+async def first_model(settings: EngineSettings, endpoint: Endpoint) -> str:
+    """What a running server calls the first model that it lists. Raises ApiError."""
+    upstream = Upstream(endpoint, connect_timeout=settings.connect_timeout, read_timeout=30.0)
+    try:
+        path = "/models" if settings.kind == "openai" else "/v1/models"
+        status, body = await upstream.fetch("GET", path)
+        if status != 200:
+            raise refusal(status, body)
+        models = decode(body, Models).data
+    finally:
+        await upstream.close()
+    if not models:
+        raise EngineFailed("It lists no model.")
+    return models[0].id
 
 
 async def examine(settings: EngineSettings, endpoint: Endpoint, model: str | None) -> ModelInfo:
