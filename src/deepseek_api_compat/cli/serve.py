@@ -9,13 +9,15 @@ import resource
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from deepseek_api_compat import __version__
 from deepseek_api_compat.errors import SetupError
 
 if TYPE_CHECKING:
-    from deepseek_api_compat.config import Settings
+    from deepseek_api_compat.config import EngineSettings, Settings
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,6 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser, *, host: str | None) -> None:
         "--model-path",
         metavar="PATH",
         help="a GGUF file, a directory with one, or a name from 'deepseek-api models list'",
+    )
+    add(
+        "--engine",
+        metavar="KIND=URL",
+        action="append",
+        help="serve what a running server serves: vllm=, sglang=, llamacpp= or openai=http://HOST:PORT; "
+        "several are replicas of one model",
+    )
+    add(
+        "--llama-server",
+        metavar="PATH",
+        help="start llama.cpp by this llama-server program, not by the embedded one",
     )
     add("--host", default=host, help="address to listen on; 0.0.0.0 opens the service to the network")
     add("--port", type=int, help="port to listen on (default 8000)")
@@ -70,8 +84,9 @@ def run(args: argparse.Namespace) -> int:
     make_data_dir(settings.data_dir)
     lock = supervisor.lock_data_dir(settings.data_dir)
     settings = with_certificate(settings)
-    check_embedded(settings, args.model_path)
-    settings = with_models(settings, args.model_path)
+    settings = with_engines(settings, args.engine or [], args.model_path)
+    check_embedded(settings, args.model_path, args.llama_server)
+    settings = with_llama_server(with_models(settings, args.model_path), args.llama_server)
     admin = open_admin(settings.data_dir)
     address = listeners[0].getsockname()[:2]
 
@@ -135,10 +150,79 @@ def with_certificate(settings: Settings) -> Settings:
     return msgspec.structs.replace(settings, server=server)
 
 
-def check_embedded(settings: Settings, model_path: str | None) -> None:
-    """Raises SetupError if these settings need llama.cpp and it is not installed."""
-    kinds = {engine.kind for model in settings.models for engine in model.engines}
-    if (model_path or not kinds or "llamacpp" in kinds) and find_spec("xllamacpp") is None:
+def with_engines(settings: Settings, attached: list[str], model_path: str | None) -> Settings:
+    """Settings with one model: that of the running servers given as KIND=URL. Raises ConfigError, SetupError.
+
+    It has the name that the first of them gives it.
+    """
+    import msgspec
+
+    from deepseek_api_compat.config import STAND_IN_ALIASES, EngineSettings, ModelSettings
+    from deepseek_api_compat.errors import ConfigError
+
+    if not attached:
+        return settings
+    if settings.models or model_path is not None:
+        raise ConfigError("Give either --engine, --model-path or [[models]] in the configuration.")
+    engines = []
+    for one in attached:
+        kind, _, url = one.partition("=")
+        if kind == "openai" and not urlsplit(url).path.strip("/"):
+            url = f"{url.rstrip('/')}/v1"
+        try:
+            engines.append(msgspec.convert({"kind": kind, "base_url": url}, EngineSettings))
+        except msgspec.ValidationError:
+            kinds = "vllm, sglang, llamacpp or openai"
+            raise ConfigError(f"--engine {one}: give KIND=URL, with KIND one of {kinds}.") from None
+    if len({engine.kind for engine in engines}) > 1:
+        raise ConfigError("--engine: servers of two kinds can't stand behind one name.")
+    theirs = model_name(engines[0])
+    engines = [msgspec.structs.replace(engine, model=theirs) for engine in engines]
+    name = Path(theirs).name if theirs.startswith("/") else theirs
+    aliases = [alias for alias in STAND_IN_ALIASES if alias != name]
+    return msgspec.structs.replace(
+        settings, models=[ModelSettings(name=name, aliases=aliases, engines=engines)]
+    )
+
+
+def model_name(engine: EngineSettings) -> str:
+    """What a running server calls its first model. Raises ConfigError, SetupError."""
+    from deepseek_api_compat.engines.kinds import endpoint_of, first_model
+    from deepseek_api_compat.errors import ApiError
+
+    try:
+        return asyncio.run(first_model(engine, endpoint_of(engine)))
+    except ApiError as error:
+        raise SetupError(f"--engine {engine.kind}={engine.base_url}: {error.message}") from None
+
+
+def with_llama_server(settings: Settings, program: str | None) -> Settings:
+    """Settings whose llama.cpp engines are started by `program`. Raises SetupError if it is none."""
+    import msgspec
+
+    if program is None:
+        return settings
+    found = which(program)
+    if found is None:
+        raise SetupError(f"--llama-server {program}: there is no such program, or it can't be run.")
+    models = []
+    for model in settings.models:
+        engines = [
+            msgspec.structs.replace(engine, command=[found])
+            if engine.kind == "llamacpp" and engine.managed
+            else engine
+            for engine in model.engines
+        ]
+        models.append(msgspec.structs.replace(model, engines=engines))
+    return msgspec.structs.replace(settings, models=models)
+
+
+def check_embedded(settings: Settings, model_path: str | None, llama_server: str | None) -> None:
+    """Raises SetupError if these settings need the embedded engine and it is not installed."""
+    engines = [engine for model in settings.models for engine in model.engines]
+    embedded = any(one.kind == "llamacpp" and one.managed and not one.command for one in engines)
+    needed = (model_path or not engines or embedded) and llama_server is None
+    if needed and find_spec("xllamacpp") is None:
         raise SetupError(
             "The embedded engine is not installed: pip install 'deepseek-api-compat[embedded]', "
             "or configure an engine of kind openai."
@@ -174,7 +258,7 @@ def with_models(settings: Settings, model_path: str | None) -> Settings:
     for model in settings.models:
         engines = [
             msgspec.structs.replace(engine, path=str(prepared.resolve(engine.path)))
-            if engine.kind == "llamacpp" and engine.path
+            if engine.kind == "llamacpp" and engine.managed and engine.path
             else engine
             for engine in model.engines
         ]
