@@ -121,6 +121,7 @@ class EngineSettings(Section, frozen=True):
     read_timeout: float = 600.0
     stall_timeout: float = 120.0
     prefix_continuation: bool = False
+    weight: float = 1.0
 
     @property
     def managed(self) -> bool:
@@ -155,6 +156,8 @@ class ModelSettings(Section, frozen=True):
     temperature_mapping: bool = False
     ready_timeout: float = 30.0
     isolate_cache: bool = False
+    routing: Literal["prefix", "least-load", "round-robin", "consistent-hash"] = "prefix"
+    slow_start: float = 30.0
     limits: ModelLimitSettings = ModelLimitSettings()
     engines: list[EngineSettings] = []
 
@@ -339,14 +342,16 @@ def _check(settings: Settings) -> None:
         rules.append((0 <= model.temperature <= 2, f"{where}: temperature must be between 0 and 2"))
         rules.append((0 < model.top_p <= 1, f"{where}: top_p must be above 0 and at most 1"))
         rules.append((bool(model.engines), f"{where} has no engine: add a [[models.engines]] table"))
+        rules.append((model.slow_start >= 0, f"{where}: slow_start can't be negative"))
         rules.append((model.ready_timeout >= 0, f"{where}: ready_timeout can't be negative"))
         for engine in model.engines:
+            rules.append((engine.weight >= 0, f"{where}: weight can't be negative"))
             rules.append((engine.stall_timeout > 0, f"{where}: stall_timeout must be above 0"))
             rules += _engine_rules(where, engine)
             rules.append(
                 (
-                    engine.kind == model.engines[0].kind,
-                    f"{where}: engines of two kinds can't stand behind one name yet",
+                    (engine.kind == "openai") == (model.engines[0].kind == "openai"),
+                    f"{where}: an openai upstream can't stand beside an engine that gets token ids",
                 )
             )
             rules.append((1 <= engine.replicas <= 64, f"{where}: replicas must be between 1 and 64"))

@@ -181,3 +181,27 @@ def test_a_grammar_ends_with_its_engine_once_it_has_begun(new_pool):
 def test_only_the_last_piece_was_missing(new_pool):
     pieces = run(new_pool((20, LOST)), Job([1, 2], max_tokens=20))
     assert pieces[-1] == Piece(finish="length", prompt_tokens=2, completion_tokens=20)
+
+
+def test_a_prompt_goes_where_its_beginning_was_computed(new_pool):
+    pool = new_pool()
+    first = list(range(1000, 1300))
+    run(pool, Job(first, max_tokens=50))
+    [home] = [engine for engine in pool.made if engine.jobs]
+    for length in (300, 200, 640):
+        run(pool, Job([*first[:length], *range(2000, 2000 + length - len(first[:length]))], max_tokens=50))
+    assert len(home.jobs) == 4
+    # What is salted shares nothing, and goes to whom has the least to do: each in turn.
+    for _ in range(3):
+        run(pool, Job(first, max_tokens=50, cache_salt="mine"))
+    assert len(home.jobs) < 7
+
+
+def test_the_answer_goes_on_where_its_prompt_was_computed(new_pool):
+    pool = new_pool((20, LOST))
+    first = list(range(1000, 1300))
+    run(pool, Job(first, max_tokens=50))
+    assert sorted(len(engine.jobs) for engine in pool.made) == [0, 1, 1], "another one finished it"
+    survivor = next(engine for engine in pool.made if engine.jobs and engine.jobs[0].sent)
+    run(pool, Job([*first, *ANSWER, *range(40)], max_tokens=50))
+    assert len(survivor.jobs) == 2

@@ -13,6 +13,7 @@ from deepseek_api_compat.engines import kinds
 from deepseek_api_compat.engines.base import EngineState, ModelInfo, TokenEngine
 from deepseek_api_compat.engines.upstream import Hung, Lost, Upstream
 from deepseek_api_compat.errors import ApiError, EngineFailed, EngineTimeout, EngineUnavailable
+from deepseek_api_compat.gateway.balance import Balance, Visit
 from deepseek_api_compat.gateway.slots import Lease, Leases
 from deepseek_api_compat.protocol.continuation import Continuation
 from deepseek_api_compat.protocol.job import Job, Piece
@@ -54,6 +55,8 @@ class ModelPool:
         self._states: dict[int, EngineState] = {}
         self._engines: dict[int, TokenEngine] = {}
         self._upstreams: dict[int, Upstream] = {}
+        several = sum(engine.replicas for engine in settings.engines) > 1
+        self._balance = Balance(settings) if several and self.kind == "token" else None
         self._waiters: set[asyncio.Future[None]] = set()
         self._turn = 0
 
@@ -68,9 +71,12 @@ class ModelPool:
             drained = move and now is not None and now.state == "drained"
             # The answers of a client that is closed go on elsewhere.
             if now is None or drained or (now.endpoint, now.info) != (state.endpoint, state.info):
-                engine = self._engines.pop(replica, None)
-                upstream = self._upstreams.pop(replica, None)
-                dropped += [client for client in (engine, upstream) if client is not None]
+                if (engine := self._engines.pop(replica, None)) is not None:
+                    dropped.append(engine)
+                if not drained and (upstream := self._upstreams.pop(replica, None)) is not None:
+                    dropped.append(upstream)  # its answers can't go on elsewhere
+        if self._balance is not None:
+            self._balance.update(states)
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -158,13 +164,17 @@ class ModelPool:
         failures = 0
         while (last := answer.ended()) is None:
             rest, begun = answer.rest(), len(answer.ids)
-            lease = await self.lease(key, urgent=answer.begun)
+            lease, visit = await self._place(rest, key, urgent=answer.begun)
             try:
                 if on_lease is not None:
                     await on_lease(lease.replica)
                 async with aclosing(self._engine(lease.replica).stream(rest)) as pieces:
                     async for group in pieces:
+                        if visit is not None and len(answer.ids) == begun:
+                            visit.begun()
                         yield answer.take(group)
+                if visit is not None:
+                    visit.ended(job.prompt_ids + answer.ids, job.cache_salt, answer.cached)
                 return
             except (EngineUnavailable, EngineFailed, EngineTimeout) as error:
                 self._doubt(lease, error)
@@ -173,8 +183,19 @@ class ModelPool:
                 if failures >= most or not answer.can_continue:
                     raise
             finally:
+                if visit is not None:
+                    visit.close()
                 lease.release()
         yield [last]
+
+    async def _place(self, job: Job, key: int, *, urgent: bool) -> tuple[Lease, Visit | None]:
+        """A slot for the job, of the best replica that has one; the visit if there are several replicas."""
+        if self._balance is None:
+            return await self.lease(key, urgent=urgent), None
+        prompt = self._balance.prompt(job.prompt_ids, job.cache_salt)
+        order = self._balance.order(prompt, self._leases.load(self.index))
+        lease = await self.lease(key, urgent=urgent, order=order)
+        return lease, self._balance.send(lease.replica, prompt)
 
     def _doubt(self, lease: Lease, error: ApiError) -> None:
         """What failed like this gets no more work until the supervisor has looked at it."""

@@ -15,10 +15,11 @@ from deepseek_api_compat.protocol.job import Job, Piece, Sampling
 class Continuation:
     """What engines have made of one job so far."""
 
-    __slots__ = ("_inherited", "_job", "ids")
+    __slots__ = ("_inherited", "_job", "cached", "ids")
 
     def __init__(self, job: Job) -> None:
         self.ids: list[int] = []
+        self.cached = 0  # tokens of the last prompt that the engine had in its cache, at the end
         self._job = job
         self._inherited = 0  # ids that the engine at work did not make itself
 
@@ -37,9 +38,11 @@ class Continuation:
         for piece in pieces:
             if piece.ids:
                 ids += piece.ids
-        if self._inherited and pieces[-1].finish is not None:
-            return [*pieces[:-1], self._whole(pieces[-1])]
-        return pieces
+        last = pieces[-1]
+        if last.finish is None:
+            return pieces
+        self.cached = last.cached_tokens
+        return [*pieces[:-1], self._whole(last)] if self._inherited else pieces
 
     def rest(self) -> Job:
         """The job of what is still to be made: at first the whole one."""
