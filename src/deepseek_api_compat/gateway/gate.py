@@ -90,6 +90,12 @@ class Call:
 
     async def body(self) -> bytes:
         """The whole request body. Raises BodyTooLarge before reading more than the cap."""
+        cycle = self.scope["cycle"]
+        if not cycle.more_body:  # it came with the headers, as most do
+            cycle.flow.resume_reading()
+            if len(cycle.body) > self._max_body:
+                raise self._too_large()
+            return bytes(cycle.body)
         length = header(self.scope, b"content-length")
         if length and int(length) > self._max_body:  # the HTTP parser has checked that it is a number
             raise self._too_large()

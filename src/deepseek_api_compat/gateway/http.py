@@ -40,6 +40,7 @@ class HttpProtocol(HttpToolsProtocol):
     _between = True
     _in_headers = True
     _received = 0
+    _newest = 0  # bytes that came together, the last of those received
     _held = b""
     # Since when the last answer is out and no next request has begun.
     _idle_since: float | None = None
@@ -63,7 +64,8 @@ class HttpProtocol(HttpToolsProtocol):
                 data = self._normalise_method(data)
                 if not data:
                     return
-        self._received += len(data)
+        self._newest = len(data)
+        self._received += self._newest
         self._feed(data)
         if self._in_headers and self._received > MAX_HEADER_BYTES and not self.transport.is_closing():
             self._refuse_headers()
@@ -103,7 +105,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._owes_since = time.monotonic()
 
     def on_headers_complete(self) -> None:
-        if self._header_bytes() > MAX_HEADER_BYTES:
+        # Counted only where it may be too many; `_received` may begin behind the newest bytes.
+        if self._received + self._newest > MAX_HEADER_BYTES and self._header_bytes() > MAX_HEADER_BYTES:
             raise ValueError("answered by send_400_response, since it comes out as the parser's error")
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
