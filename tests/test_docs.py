@@ -145,7 +145,8 @@ def test_each_route_has_a_heading(path: str, method: str) -> None:
 
 def metric_names() -> set[str]:
     ledger = metrics.LedgerCollector(problem=False, lag=0.0, pending=0, damaged=0)
-    families = [*metrics._registry.collect(), *metrics.PoolCollector([]).collect(), *ledger.collect()]
+    gauges = [metrics.PoolCollector([]), ledger, metrics.LimitsCollector(alone=False)]
+    families = [*metrics._registry.collect(), *(family for one in gauges for family in one.collect())]
     return {family.name + ("_total" if family.type == "counter" else "") for family in families}
 
 

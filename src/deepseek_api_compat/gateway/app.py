@@ -56,13 +56,18 @@ def local_limiter(settings: Settings, memory: SharedMemory, worker: int = 0) -> 
     return LocalLimiter(memory, offset, settings.limits, settings.models, workers=workers, worker=worker)
 
 
-def shared_limiter(settings: Settings, local: LocalLimiter, worker: int) -> LocalLimiter | RedisLimiter:
-    """`local`, or where a Redis is configured that of all machines. Raises ConfigError for a wrong URL."""
+def shared_limiter(
+    settings: Settings, local: LocalLimiter, worker: int | None = None
+) -> LocalLimiter | RedisLimiter:
+    """`local`, or where a Redis is configured that of all machines. Raises ConfigError for a wrong URL.
+
+    `worker`: the number of the process; None: it is the supervisor.
+    """
     if settings.limits.redis_url is None:
         return local
     # Two services of one machine have data directories of their own.
     directory = hashlib.sha256(bytes(settings.data_dir)).hexdigest()[:8]
-    place = f"{socket.gethostname()}/{directory}:{worker}"
+    place = f"{socket.gethostname()}/{directory}:{'supervisor' if worker is None else worker}"
     return RedisLimiter(
         local,
         RedisCounters(settings.limits.redis_url, place, os.urandom(6).hex()),

@@ -68,12 +68,17 @@ class Intake:
         settings: LedgerSettings,
         open: Callable[[Path, str | None], Ledger] = open_ledger,
         clock: Callable[[], float] = time.time,
+        on_lost: Callable[[list[LedgerRow]], None] = lambda rows: None,
     ) -> None:
+        """`on_lost`, called in the thread that takes in, is told of each dead worker's requests once: nobody
+        has counted for limits and budgets what they had used.
+        """
         self.directory = data_dir / JOURNALS
         self._data_dir = data_dir
         self._settings = settings
         self._open = open
         self._clock = clock
+        self._on_lost = on_lost
         self._ledger: Ledger | None = None
         self._inode = 0
         self._positions: dict[str, int] = {}
@@ -165,6 +170,11 @@ class Intake:
             self.take()
             return self.ledger().spent(self._clock())
 
+    def spent_by_model(self) -> dict[str, Spent]:
+        """What was used of each model, as far as the ledger knows. Raises SetupError. Blocks."""
+        with self._lock:
+            return self.ledger().spent_by_model(self._clock())
+
     def _moved(self, ledger: Ledger) -> bool:
         """Whether somebody has put another file in the database's place: ours would be written to in vain."""
         return _inode(ledger.file) != self._inode
@@ -235,7 +245,10 @@ class Intake:
 
     def _take_live(self, name: str, live: Path, data: bytes) -> int:
         rows, refusals, odd = _in_flight(data)
+        known = self.ledger().position(live.name)  # taken in before, by one who could not remove it then
         self.ledger().take_in(Batch(name, live.name, 0, 1, rows, refusals))
+        if rows and not known:
+            self._on_lost(rows)
         self._note_damage(odd, live)
         return len(rows)
 

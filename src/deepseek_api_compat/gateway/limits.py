@@ -116,6 +116,11 @@ class Grant(Protocol):
 class Limiter(Protocol):
     """The limits of one service, as a worker checks them."""
 
+    @property
+    def away(self) -> bool:
+        """Whether what several machines share can't be reached, and this one counts alone."""
+        ...
+
     async def admit_request(self, principal: Principal) -> Grant:
         """Raises OverLimit: requests per second or minute, or at the same time."""
         ...

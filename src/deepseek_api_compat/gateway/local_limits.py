@@ -66,6 +66,8 @@ class LocalLimiter:
     requests in flight refuses more of those that need a row, with 503.
     """
 
+    away = False
+
     def __init__(
         self,
         memory: SharedMemory,
@@ -119,10 +121,15 @@ class LocalLimiter:
     def load_model(self, model: int, spent: int, day: int, tokens_today: int) -> None:
         self.know(MAX_KEYS + model, spent, day, tokens_today)
 
-    def charge(self, slot: int, model: int, tokens: int, money: int) -> None:
-        """Count what the ledger found that a request of a dead worker had used."""
-        for number in (slot % MAX_KEYS, MAX_KEYS + model):
-            self.spend(number, tokens, money)
+    def charge(self, slot: int | None, model: int | None, tokens: int, money: int) -> None:
+        """Count what the ledger found that a request of a dead worker had used.
+
+        None for a key or model that is there no more.
+        """
+        if slot is not None:
+            self.spend(slot % MAX_KEYS, tokens, money)
+        if model is not None:
+            self.spend(MAX_KEYS + model, tokens, money)
 
     def reset(self, slot: int) -> None:
         """Forget a deleted key, before its slot goes to another. What it has in flight counts no more."""

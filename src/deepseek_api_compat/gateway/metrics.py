@@ -113,12 +113,24 @@ class LedgerCollector:
         return [GaugeMetricFamily(name, text, value=value) for name, text, value in self._gauges]
 
 
-def exposition(pools: list[ModelPool], ledger: LedgerCollector) -> bytes:
+class LimitsCollector:
+    """Whether limits that several machines share are counted by this one alone."""
+
+    def __init__(self, *, alone: bool) -> None:
+        self._alone = alone
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        text = "1 while the Redis that counts limits is away, and this machine counts them alone."
+        return [GaugeMetricFamily("deepseek_limits_alone", text, value=float(self._alone))]
+
+
+def exposition(pools: list[ModelPool], *gauges: LedgerCollector | LimitsCollector) -> bytes:
     """The Prometheus text format. Reads files: not for the event loop."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     registry.register(PoolCollector(pools))
-    registry.register(ledger)
+    for collector in gauges:
+        registry.register(collector)
     return generate_latest(registry)
 
 

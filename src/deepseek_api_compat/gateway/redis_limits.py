@@ -159,13 +159,28 @@ class RedisLimiter:
 
     def tell(self, operation: str, grant: RedisGrant, arguments: dict[str, Any]) -> None:
         """Tell Redis soon, once, and in order."""
+        self._queue(operation, *self._names(grant), self._arguments(grant, arguments))
+
+    def _queue(self, operation: str, key: str, model: str, arguments: dict[str, Any]) -> None:
         if len(self._waiting) >= MAX_WAITING:
             self._on_lost()
             return
         arguments["number"] = next(self._numbers)
-        self._waiting.append(Step(operation, *self._names(grant), self._arguments(grant, arguments)))
+        self._waiting.append(Step(operation, key, model, arguments))
         self._idle.clear()
         self._something.set()
+
+    def charge(self, key: str, slot: int | None, model: int | None, tokens: int, money: int) -> None:
+        """As LocalLimiter.charge; `key` is the key's id."""
+        if self.away:
+            self.local.charge(slot, model, tokens, money)
+        name = "" if model is None else self._plans.models[model].name
+        # Of an id that Redis knows no grant of: what was reserved is given back when the worker is forgotten.
+        arguments: dict[str, Any] = {"id": f"lost/{next(self._ids)}", "key": {}, "model": {}}
+        arguments |= {"tokens": tokens, "money": money, "refused": False}
+        if self._clock is not None:
+            arguments["now"] = self._clock()
+        self._queue("settle", "" if slot is None else key, name, arguments)
 
     def spend_alone(self, grant: RedisGrant, tokens: int, money: int) -> None:
         """While Redis is away, let this machine's counters know what was used."""

@@ -37,6 +37,7 @@ USERS = frozenset({"user", "admin"})
 READERS = frozenset({"admin", "metrics"})
 # Anybody may read this: paths and hosts are for the log.
 LEDGER_PROBLEM = "Requests don't get into the ledger now; the service's log says why."
+LIMITS_PROBLEM = "Limits are counted by each machine alone now: the Redis that they share is away."
 LIMITS = ("max_tokens", "max_completion_tokens")
 THINKING_SUFFIXES = {"-thinking": True, "-nothinking": False}
 
@@ -304,7 +305,8 @@ class Api:
             pending=self._books.intake.pending,
             damaged=self._books.intake.damaged,
         )
-        text = await asyncio.to_thread(metrics.exposition, self._directory.pools, ledger)
+        limits = metrics.LimitsCollector(alone=self._books.limiter.away)
+        text = await asyncio.to_thread(metrics.exposition, self._directory.pools, ledger, limits)
         call.tally.status = 200
         kind = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
         await call.out.whole(200, [*call.headers, kind, NOSNIFF], text)
@@ -325,6 +327,8 @@ class Api:
             await send_error(call.out, refusal, call.headers)
             return
         problems = [LEDGER_PROBLEM] if self._books.problem else []
+        if self._books.limiter.away:
+            problems.append(LIMITS_PROBLEM)
         await self._json(call, {"status": "ready", "not_ready": missing, "problems": problems})
 
     async def version(self, call: Call) -> None:

@@ -31,6 +31,7 @@ from deepseek_api_compat.gateway.app import local_limiter, shared_cells, shared_
 from deepseek_api_compat.gateway.engine_admin import EngineAdmin
 from deepseek_api_compat.gateway.ledger import Intake
 from deepseek_api_compat.gateway.operations import Operations
+from deepseek_api_compat.gateway.redis_limits import RedisLimiter
 from deepseek_api_compat.gateway.renewal import Renewal
 from deepseek_api_compat.gateway.replicas import Replica, WatchedUpstream, replicas_of
 from deepseek_api_compat.gateway.shared import SharedMemory
@@ -38,6 +39,7 @@ from deepseek_api_compat.gateway.slots import wake
 from deepseek_api_compat.security.admin import KeyAdmin, ensure_admin
 from deepseek_api_compat.store.audit import Actor
 from deepseek_api_compat.store.base import KeyRecord
+from deepseek_api_compat.store.ledger import LedgerRow
 
 MAX_START_FAILURES = 3
 ACK_TIMEOUT = 5.0
@@ -88,7 +90,7 @@ class Supervisor:
         self._keys: Sequence[KeyRecord] = ()
         self._keys_changed = asyncio.Condition()
         self._publishing = asyncio.Lock()
-        self._intake = Intake(settings.data_dir, settings.ledger)
+        self._intake = Intake(settings.data_dir, settings.ledger, on_lost=self._on_lost)
         self._engine_admin = EngineAdmin(self._all_replicas, self._leases_of)
         self._operations = Operations(admin, self._intake, self._engine_admin, self._publish_keys)
         self._answering: set[asyncio.Task[None]] = set()
@@ -100,7 +102,7 @@ class Supervisor:
         self._memory = SharedMemory.create(shared_cells(settings))
         self._slots = slot_table(settings, self._memory)
         self._limiter = local_limiter(settings, self._memory)
-        shared_limiter(settings, self._limiter, 0)  # rather one error here than one in each worker
+        self._shared_limiter = shared_limiter(settings, self._limiter)
         self._pipes = [os.pipe() for _ in range(settings.server.workers)]
         for read, write in self._pipes:
             os.set_blocking(read, False)
@@ -111,17 +113,19 @@ class Supervisor:
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM, then drain. Raises SetupError if the service can't be kept up."""
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
         self._prepare_run_dir()
         logs.configure(self._settings.log, "supervisor", io.TextIOWrapper(self._open_log(), "utf-8"))
         logs.log_task_exceptions(loop)
         self._publish_certificate()
-        self._intake.start()
+        if isinstance(self._shared_limiter, RedisLimiter):
+            self._shared_limiter.start()
         server = await self._start_control()
         # After the control socket is there, so that no key made in between is missed.
         self._keys = await asyncio.to_thread(self._admin.store.list)
+        self._intake.start()
         await self._load_limits()
         self._replicas = replicas_of(self._settings, self._lifeline, self._on_replica_change)
         keepers = [self._own(self._keep_worker(worker)) for worker in self._workers]
@@ -134,6 +138,8 @@ class Supervisor:
         await asyncio.gather(*(replica.stop() for replica in self._replicas))
         self._operations.close()
         await asyncio.to_thread(self._intake.stop)
+        if isinstance(self._shared_limiter, RedisLimiter):
+            await self._shared_limiter.close()
         control.control_socket_path(self._settings.data_dir).unlink(missing_ok=True)
         await asyncio.gather(*self._owned)
         if self._failure:
@@ -155,6 +161,7 @@ class Supervisor:
         day = int(time.time()) // 86400
         try:
             spent = await asyncio.to_thread(self._intake.spent)
+            of_models = await asyncio.to_thread(self._intake.spent_by_model)
         except (SetupError, OSError) as error:
             # The ledger's own policy decides whether requests are served; the intake goes on trying.
             logger.error("limits: what keys have spent is not known: %s", error)
@@ -162,6 +169,29 @@ class Supervisor:
         for key in self._keys:
             if key.id in spent:
                 self._limiter.load(key.slot, spent[key.id].price, day, spent[key.id].tokens_today)
+        for index, model in enumerate(self._settings.models):
+            if model.name in of_models:
+                used = of_models[model.name]
+                self._limiter.load_model(index, used.price, day, used.tokens_today)
+
+    def _on_lost(self, rows: list[LedgerRow]) -> None:
+        """In the intake's thread: locks of this process's limiter keep its own threads from nothing."""
+        self._loop.call_soon_threadsafe(self._charge, rows)
+
+    def _charge(self, rows: list[LedgerRow]) -> None:
+        """Count for limits and budgets what requests of a dead worker had used.
+
+        Those that died with the service before come before `_load_limits`, which then sets what they are in.
+        """
+        slots = {key.id: key.slot for key in self._keys}
+        models = {model.name: index for index, model in enumerate(self._settings.models)}
+        for row in rows:
+            slot, model = slots.get(row.key_id), models.get(row.model)
+            tokens = row.prompt_tokens + row.completion_tokens
+            if isinstance(self._shared_limiter, RedisLimiter):
+                self._shared_limiter.charge(row.key_id, slot, model, tokens, row.price)
+            else:
+                self._shared_limiter.charge(slot, model, tokens, row.price)
 
     def _own(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run it beside; should it fail, the service ends and `run` raises its error."""

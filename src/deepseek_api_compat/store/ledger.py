@@ -19,11 +19,13 @@ from deepseek_api_compat.store.database import one_sentence, open_database
 from deepseek_api_compat.store.ledger_tables import (
     SCHEMA,
     SUMS,
+    add_model_totals,
     add_totals,
     add_usage,
     insert_rows,
     journals,
     ledger,
+    model_totals,
     refusals,
     set_position,
     set_refusals,
@@ -108,7 +110,7 @@ class Usage(msgspec.Struct, kw_only=True):
 
 
 class Spent(NamedTuple):
-    """What a key has used: money in all (micro-units), prompt and completion tokens of this UTC day."""
+    """What a key, or a model, has used: money in all (micro-units), all tokens of this UTC day."""
 
     price: int
     tokens_today: int
@@ -251,13 +253,20 @@ class Ledger:
 
     def spent(self, now: float) -> dict[str, Spent]:
         """What each key that ever had a request has used, as of `now` in unix seconds."""
+        return self._spent(now, usage.c.key_id, totals)
+
+    def spent_by_model(self, now: float) -> dict[str, Spent]:
+        """What all keys have used of each model that ever had a request."""
+        return self._spent(now, usage.c.model, model_totals)
+
+    def _spent(self, now: float, column: sa.Column[str], sums: sa.Table) -> dict[str, Spent]:
         today = int(now // DAY * 24)
         tokens = _sum(usage.c.prompt_tokens + usage.c.completion_tokens)
-        of_today = sa.select(usage.c.key_id, tokens).where(usage.c.hour >= today).group_by(usage.c.key_id)
+        of_today = sa.select(column, tokens).where(usage.c.hour >= today).group_by(column)
         with self._transaction() as connection:
-            used = {key: count for key, count in connection.execute(of_today)}  # noqa: C416 - rows, not tuples
-            found = connection.execute(sa.select(totals.c.key_id, totals.c.price))
-            return {key: Spent(price, used.get(key, 0)) for key, price in found}
+            used = {name: count for name, count in connection.execute(of_today)}  # noqa: C416 - rows, not tuples
+            found = connection.execute(sa.select(sums.c[column.name], sums.c.price))
+            return {name: Spent(price, used.get(name, 0)) for name, price in found}
 
     def price(self, key_id: str) -> int:
         """What a key has spent in all, in micro-units."""
@@ -324,13 +333,16 @@ def _insert(connection: sa.Connection, rows: Sequence[LedgerRow]) -> None:
         raise _Known
     by_hour: dict[tuple[Any, ...], list[int]] = {}
     by_key: dict[tuple[Any, ...], list[int]] = {}
+    by_model: dict[tuple[Any, ...], list[int]] = {}
     for row in rows:
         hour = row.started // (HOUR * 1000)
         _add(by_hour.setdefault((hour, row.key_id, row.model, row.outcome), [0] * len(SUMS)), row)
         _add(by_key.setdefault((row.key_id,), [0] * len(SUMS)), row)
+        _add(by_model.setdefault((row.model,), [0] * len(SUMS)), row)
     # Sorted, or two nodes that share a database could wait for each other.
     add_usage(connection, [(*key, *by_hour[key]) for key in sorted(by_hour)])
     add_totals(connection, [(*key, *by_key[key]) for key in sorted(by_key)])
+    add_model_totals(connection, [(*key, *by_model[key]) for key in sorted(by_model)])
 
 
 def _latest(journal: str, found: Sequence[Refusals]) -> list[tuple[Any, ...]]:

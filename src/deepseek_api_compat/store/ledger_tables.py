@@ -3,7 +3,7 @@
 ledger    a request's whole story; deleted after the retention time
 refusals  how often a key was refused, by minute and cause; deleted with the ledger
 usage     sums by hour, key, model and outcome
-totals    sums by key, for ever: what budgets are checked against
+totals    sums by key, for ever: what budgets are checked against; model_totals the same by model
 journals  how far each journal file has been taken in
 """
 
@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from deepseek_api_compat.store.database import Schema
 
-SCHEMA = Schema("0001", "ledger_version", "deepseek_api_compat.store.ledger_migrations")
+SCHEMA = Schema("0002", "ledger_version", "deepseek_api_compat.store.ledger_migrations")
 SUMS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "price")
 
 
@@ -72,6 +72,10 @@ usage = sa.Table(
 
 totals = sa.Table("totals", metadata, sa.Column("key_id", sa.Text, primary_key=True), *_counts(*SUMS))
 
+model_totals = sa.Table(
+    "model_totals", metadata, sa.Column("model", sa.Text, primary_key=True), *_counts(*SUMS)
+)
+
 journals = sa.Table("journals", metadata, sa.Column("file", sa.Text, primary_key=True), *_counts("position"))
 
 
@@ -109,6 +113,7 @@ def _adding(table: sa.Table) -> Upsert:
 insert_rows = Upsert(ledger, "DO NOTHING")
 add_usage = _adding(usage)
 add_totals = _adding(totals)
+add_model_totals = _adding(model_totals)
 # A journal reports the same minute again with a count that has grown; nothing is added up here.
 set_refusals = Upsert(refusals, "DO UPDATE SET count = excluded.count WHERE excluded.count > refusals.count")
 set_position = Upsert(journals, "DO UPDATE SET position = excluded.position")
