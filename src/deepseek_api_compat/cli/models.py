@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import shutil
 import sys
 import textwrap
@@ -154,18 +153,9 @@ def _rm(args: argparse.Namespace) -> int:
     return 0
 
 
-def _with_numpy(module: str) -> Any:
-    """A module of models/ that computes. Raises ModelError, which says how to install what it needs."""
-    try:
-        return importlib.import_module(f"deepseek_api_compat.models.{module}")
-    except ModuleNotFoundError as error:
-        raise ModelError(
-            f"This needs {error.name}; install it with: pip install 'deepseek-api-compat[embedded]'."
-        ) from None
-
-
 def _build_tiny(args: argparse.Namespace) -> int:
-    tiny_v3 = _with_numpy("tiny_v3")
+    from deepseek_api_compat.models import tiny_v3  # takes numpy
+
     tokenizer = prepared.pull(catalogue.find("deepseek-v3-tokenizer"), Progress())
     path = tiny_v3.build(args.folder.expanduser(), tokenizer, seed=args.seed, quantised=args.fp8)
     print(f"A tiny DeepSeek-V3 is ready: {path}")
@@ -173,8 +163,10 @@ def _build_tiny(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    from deepseek_api_compat.models import convert  # takes numpy and gguf
+
     folder, target = args.folder.expanduser(), args.target.expanduser()
-    _with_numpy("convert").to_gguf(folder, target, args.type, Progress())
+    convert.to_gguf(folder, target, args.type, Progress())
     print(f"The GGUF file is ready: {target}")
     print(f"Serve it with: deepseek-api serve --model-path {target}")
     return 0

@@ -151,7 +151,7 @@ class DeepSeekV3:
     def _experts(self, prefix: str, inputs: Floats) -> Floats:
         """DeepSeekMoE, section 2.1.2: the shared expert for every token, and routed ones that it chooses."""
         outputs = self._mlp(f"{prefix}shared_experts.", inputs)
-        chosen, shares = self._route(prefix, inputs)
+        chosen, shares = self.route(prefix, inputs)
         for expert in range(self.config.n_routed_experts):
             tokens, places = np.nonzero(chosen == expert)
             if len(tokens):
@@ -159,7 +159,7 @@ class DeepSeekV3:
                 outputs[tokens] += share * self._mlp(f"{prefix}experts.{expert}.", inputs[tokens])
         return outputs
 
-    def _route(self, prefix: str, inputs: Floats) -> tuple[Ids, Floats]:
+    def route(self, prefix: str, inputs: Floats) -> tuple[Ids, Floats]:
         """Which experts each token goes to, and the share of each: both (tokens, num_experts_per_tok).
 
         The bias decides who is chosen and not how much it counts (equations 13 to 16). Experts of the best

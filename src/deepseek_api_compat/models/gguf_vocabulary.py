@@ -13,7 +13,7 @@ from deepseek_api_compat.models.v3_config import V3Config
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.h `llama_token_type`
 # How DeepSeek-V3's tokenizer cuts text before it merges. llama.cpp knows it as "deepseek-v3".
-_CUTS = [
+CUTS = [
     "\\p{N}{1,3}",
     "[一-龥\u3040-ゟ゠-ヿ]+",
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
@@ -61,7 +61,7 @@ def settings(folder: Path, config: V3Config) -> dict[str, Any]:
     """The keys of the tokenizer and their values. Raises ModelError if the tokenizer isn't DeepSeek-V3's."""
     tokenizer = _read(folder / "tokenizer.json", _Tokenizer)
     cuts = [cut.pattern.regex for cut in tokenizer.pre_tokenizer.pretokenizers if cut.pattern]
-    if cuts != _CUTS:
+    if cuts != CUTS:
         raise ModelError(f"{folder / 'tokenizer.json'} does not cut text as DeepSeek-V3's does.")
     tokens, types = _tokens(folder, tokenizer, config.vocab_size)
     merges = tokenizer.model.merges

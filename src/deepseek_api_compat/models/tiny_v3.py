@@ -18,9 +18,10 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -101,6 +102,7 @@ _QUANTISATION = {
     "quant_method": "fp8",
     "weight_block_size": list(_BLOCK),
 }
+_UNCHANGED: Mapping[str, Any] = MappingProxyType({})
 _GENERATION = {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 1}
 # V3's, without tools: the gateway writes prompts itself, this is for engines that are asked directly.
 _CHAT_TEMPLATE = (
@@ -165,14 +167,26 @@ def build(folder: Path, tokenizer: Path, *, seed: int = 0, quantised: bool = Fal
     return folder
 
 
-def _fill(folder: Path, tokenizer: Path, seed: int, quantised: bool) -> None:
-    changes = {"torch_dtype": "bfloat16", "quantization_config": _QUANTISATION} if quantised else {}
-    _write_json(folder / "config.json", dict(sorted({**_CONFIG, **changes}.items())))
+def write_checkpoint(
+    folder: Path,
+    tokenizer: Path,
+    *,
+    seed: int = 0,
+    quantised: bool = False,
+    changes: Mapping[str, Any] = _UNCHANGED,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """All of the checkpoint but the record, into an existing folder. changes: of what config.json says."""
+    fp8_settings = {"torch_dtype": "bfloat16", "quantization_config": _QUANTISATION} if quantised else {}
+    _write_json(folder / "config.json", dict(sorted({**_CONFIG, **fp8_settings, **changes}.items())))
     _write_json(folder / "generation_config.json", _GENERATION)
     _write_json(folder / "tokenizer_config.json", _TOKENIZER_CONFIG)
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    config = read_config(folder)
-    safetensors_files.write(folder, _tensors(config, seed), SHARD_BYTES)
+    safetensors_files.write(folder, _tensors(read_config(folder), seed), shard_bytes)
+
+
+def _fill(folder: Path, tokenizer: Path, seed: int, quantised: bool) -> None:
+    write_checkpoint(folder, tokenizer, seed=seed, quantised=quantised)
     (folder / GREEDY).write_bytes(msgspec.json.encode(_answers(DeepSeekV3(folder))) + b"\n")
 
 
@@ -192,7 +206,7 @@ def _answer(model: DeepSeekV3, prompt: list[int]) -> Greedy | None:
             return None
         answer.append(token)
         leads.append(lead)
-    return Greedy(prompt, answer, min(leads))
+    return Greedy(prompt, answer, round(min(leads), 3))
 
 
 def recorded(folder: Path) -> list[Greedy]:
@@ -226,7 +240,7 @@ def _tensors(config: V3Config, seed: int) -> Iterator[tuple[str, Stored]]:
 
 def _is_quantised(name: str) -> bool:
     """Is it FP8 in the real checkpoint? The projections are; not embeddings, heads, norms and routers."""
-    return name.endswith("_proj.weight") and not name.endswith(".eh_proj.weight")
+    return "_proj" in name and not name.endswith(".eh_proj.weight")
 
 
 def _weights(name: str, shape: Shape, seed: int) -> Floats:
