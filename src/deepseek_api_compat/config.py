@@ -156,6 +156,7 @@ class ModelSettings(Section, frozen=True):
     temperature_mapping: bool = False
     ready_timeout: float = 30.0
     isolate_cache: bool = False
+    fallback: list[str] = []
     routing: Literal["prefix", "least-load", "round-robin", "consistent-hash"] = "prefix"
     slow_start: float = 30.0
     limits: ModelLimitSettings = ModelLimitSettings()

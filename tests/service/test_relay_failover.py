@@ -35,6 +35,9 @@ def two_upstreams(start, upstreams: list[ChatUpstream]) -> Service:
     config = upstream_model("pair", upstreams[0]) + second()
     config += upstream_model("capped", upstreams[0], concurrency=4) + second(concurrency=4)
     config += upstream_model("continuing", upstreams[0]) + second(prefix_continuation="true")
+    away = '\nfallback = ["absent", "capped"]\nready_timeout = 0.1\n[[models.engines]]\nkind = "openai"\nbase_url = "http://127.0.0.1:9/v1"\n'
+    config += f'[[models]]\nname = "away"{away}'
+    config += '[[models]]\nname = "absent"\n[[models.engines]]\nkind = "openai"\nbase_url = "http://127.0.0.1:9/v1"\n'
     return start(IMPATIENT + config)
 
 
@@ -145,3 +148,12 @@ def test_one_that_breaks_off_again_and_again_is_left(pair: Service, upstreams: l
     for _ in range(2):
         body = post(pair, "continuing", stream=True).body
         assert "error" in json.loads(sse(body)[-1])
+
+
+def test_another_model_answers_while_this_one_can_t(pair: Service, upstreams: list[ChatUpstream]):
+    for upstream in upstreams:
+        upstream.play(replying(ok(ANSWER)))
+    assert json.loads(post(pair, "away").body) == json.loads(ANSWER)
+    narrow = pair.new_key("narrow", "--models", "away")
+    answer = call(pair.port, request("POST", PATH, chat("away"), narrow))
+    assert answer.error["code"] == "engine_unavailable"

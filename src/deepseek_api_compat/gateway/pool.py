@@ -87,6 +87,11 @@ class ModelPool:
         return any(state.state == "ready" for state in self._states.values())
 
     @property
+    def begins(self) -> bool:
+        """Whether a request would begin now or soon: some replica is ready, and the queue is not full."""
+        return self.ready and not (self.leased and self._leases.full(self.index))
+
+    @property
     def states(self) -> list[EngineState]:
         return list(self._states.values())
 

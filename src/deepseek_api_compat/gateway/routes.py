@@ -22,6 +22,7 @@ from deepseek_api_compat.errors import (
 from deepseek_api_compat.gateway import metrics, openapi
 from deepseek_api_compat.gateway.account import Account, Books, check_model, may_use
 from deepseek_api_compat.gateway.admin import AdminApi
+from deepseek_api_compat.gateway.breaker import fallback_chain
 from deepseek_api_compat.gateway.chat import ChatService, Events, infill_ids, token_ids
 from deepseek_api_compat.gateway.gate import Call, Route
 from deepseek_api_compat.gateway.pool import ModelPool
@@ -49,6 +50,7 @@ class ModelDirectory:
         self.pools = pools
         self.created = created
         self._by_name = {name: pool for pool in pools for name in (pool.name, *pool.settings.aliases)}
+        self._fallbacks = {pool.name: pool.settings.fallback for pool in pools}
 
     def pools_of(self, principal: Principal) -> list[ModelPool]:
         """Those that the key, or its token, may use: it is told of no others."""
@@ -85,6 +87,16 @@ class ModelDirectory:
             if name.endswith(suffix) and name not in self._by_name and base is not None:
                 return base, thinks
         return self.find(name, principal), None
+
+    def answering(self, pool: ModelPool, principal: Principal) -> ModelPool:
+        """Who answers for `pool`: itself while it can, else the first of its fallbacks that can.
+
+        Only one that the key may use; itself if there is none.
+        """
+        if not pool.settings.fallback or pool.begins:
+            return pool
+        others = (self._by_name[name] for name in fallback_chain(pool.name, self._fallbacks))
+        return next((other for other in others if other.begins and may_use(principal, other)), pool)
 
     def describe(self, pool: ModelPool) -> dict[str, Any]:
         """OpenAI's model object; `aliases`, `context_length` and `format` are ours."""
@@ -148,6 +160,7 @@ class Api:
         body = await call.body()
         request = wire.decode_chat(body, self._limits)
         pool, thinks = self._directory.choose(request.model, principal_of(call))
+        pool = self._directory.answering(pool, principal_of(call))
         account = self._open_account(call, pool)
         if thinks is not None:
             request = msgspec.structs.replace(request, thinking=thinks)
@@ -185,6 +198,7 @@ class Api:
         body = await call.body()
         request = wire.decode_completion(body, self._limits)
         pool = self._directory.find(request.model, principal_of(call))
+        pool = self._directory.answering(pool, principal_of(call))
         account = self._open_account(call, pool)
         out = self._open(call, sse=request.stream)
         if pool.kind == "chat":

@@ -451,6 +451,10 @@ class Leases:
     def load(self, pool: int) -> list[tuple[int, int]]:
         return self._table.load(pool)
 
+    def full(self, pool: int) -> bool:
+        """Whether as many requests wait as may."""
+        return self._table.usage(pool)[2] >= self._max_queue
+
     def usage(self, pool: int) -> tuple[int, int, int]:
         return self._table.usage(pool)
 

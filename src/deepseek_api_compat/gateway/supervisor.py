@@ -28,6 +28,7 @@ from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.gateway import channel, logs
 from deepseek_api_compat.gateway.app import local_limiter, shared_cells, shared_limiter, slot_table
+from deepseek_api_compat.gateway.breaker import check_fallbacks
 from deepseek_api_compat.gateway.engine_admin import EngineAdmin
 from deepseek_api_compat.gateway.ledger import Intake
 from deepseek_api_compat.gateway.operations import Operations
@@ -80,6 +81,7 @@ class Supervisor:
         It gets the admin key if this start made it (a start that fails before makes none), and a sentence
         for each upstream that doesn't answer yet: that is no reason to wait.
         """
+        check_fallbacks({model.name: model.fallback for model in settings.models})
         self._settings = settings
         self._listeners = listeners
         self._admin = admin
