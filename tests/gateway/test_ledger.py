@@ -270,7 +270,7 @@ def small_files() -> Iterator[None]:
         for module in (journal_files, journal_module):
             patch.setattr(module, "PART", 16 * journal_files.ROW)
             patch.setattr(module, "SEGMENT", 16 * 1024)
-        patch.setattr(journal_files, "_END", 16 * 1024 - 8)
+            patch.setattr(module, "ROOM", 16 * 1024 - 8)
         patch.setattr(journal_module, "SPARE", 4)
         yield
 
@@ -578,6 +578,33 @@ def test_a_fault_of_ours_does_not_end_the_intake(
     intake._round()
     assert intake.state.problem is None
     assert set(rows(intake)) == {"a"}
+
+
+def test_requests_of_a_dead_worker_are_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever counts for limits hears what they had used, also if the table could not be removed then."""
+    told: list[tuple[str, int]] = []
+    intake = Intake(
+        tmp_path,
+        LedgerSettings(),
+        clock=lambda: NOW,
+        on_lost=lambda rows: told.extend((row.request_id, row.completion_tokens) for row in rows),
+    )
+    intake.directory.mkdir()
+    journal = Journal(intake.directory, 0, LedgerSettings())
+    admit(journal, "ended").settle("ok", 200, 1)
+    admit(journal, "lost").made(10, 0, 7, 0)
+    assert intake.take() == 1
+    assert told == [], "its worker lives"
+    close(journal)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "no")))
+        with pytest.raises(OSError, match="no"):
+            intake.take()
+    intake.take()
+    assert told == [("lost", 7)]
+    assert set(rows(intake)) == {"ended", "lost"}
+    assert {name: one.tokens_today for name, one in intake.spent_by_model().items()} == {"deepseek-v3": 17}
+    intake.stop()
 
 
 def test_what_keys_have_spent_includes_the_journals(intake: Intake, journal: Journal) -> None:

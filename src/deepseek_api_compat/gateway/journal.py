@@ -35,6 +35,7 @@ from deepseek_api_compat.gateway.journal_files import (
     QUEUE,
     REASONING,
     REPLICA,
+    ROOM,
     SEGMENT,
     SENT,
     TTFT,
@@ -251,8 +252,9 @@ class Journal:
 
     def _take_row(self) -> Row | None:
         """A free row, and room in the log for what it will become; None if there is none."""
-        room = self._segments[0].room if self._segments else 0
-        if (room < self._promised + SPARE or not self._free) and not self._enough():
+        position = self._segments[0].position if self._segments else SEGMENT
+        needed = (self._promised + SPARE) * MAX_RECORD
+        if (position + needed > ROOM or not self._free) and not self._enough():
             return None
         self._promised += 1
         return self._free.pop()

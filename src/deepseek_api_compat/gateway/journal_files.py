@@ -34,11 +34,10 @@ PART = ROW * ROWS
 SEGMENT = 4 * 1024 * 1024
 MAX_RECORD = 1664  # bytes, with its header
 MAGIC = 0x4A4C
-_END = SEGMENT - 8  # room for the header that ends a segment
+ROOM = SEGMENT - 8  # of records; the header that ends a segment follows
 
-_counters = struct.Struct(f"={CELLS - 1}q")
 _row = struct.Struct(f"={CELLS}q")
-_FRESH = (0, 0, 0, 0, 0, -1, -1, -1)
+_FRESH = struct.pack(f"={CELLS - 1}q", 0, 0, 0, 0, 0, -1, -1, -1)
 crc32 = zlib.crc32
 JOURNALS = "journal"  # their folder in the data directory
 
@@ -57,8 +56,7 @@ class Row:
     def fill(self, payload: bytes) -> None:
         """Begin to use it, with fresh counters. `payload`: 1 to PAYLOAD bytes."""
         start, size = self._start, len(payload)
-        self._map[start + 8 * CELLS : start + 8 * CELLS + size] = payload
-        _counters.pack_into(self._map, start + 8, *_FRESH)
+        self._map[start + 8 : start + 8 * CELLS + size] = _FRESH + payload
         self.cells[self.cell] = crc32(payload) << 16 | size
 
     def clear(self) -> None:
@@ -117,13 +115,13 @@ class Segment:
     @property
     def room(self) -> int:
         """How many records are sure to fit."""
-        return (_END - self.position) // MAX_RECORD
+        return (ROOM - self.position) // MAX_RECORD
 
     def append(self, payload: bytes) -> bool:
         """False if it does not fit any more."""
         start, size = self.position, len(payload)
         end = start + 8 + (size + 7 & ~7)
-        if end > _END:
+        if end > ROOM:
             return False
         self._map[start + 8 : start + 8 + size] = payload
         self._cells[start >> 3] = crc32(payload) << 32 | size << 16 | MAGIC

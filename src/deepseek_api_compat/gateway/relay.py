@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from deepseek_api_compat.engines.base import EngineState
 from deepseek_api_compat.engines.upstream import Response, Upstream
 from deepseek_api_compat.errors import (
     ApiError,
@@ -102,22 +100,29 @@ async def relay(
     tried: set[int] = set()
     begun = 0
     while True:
+        lease = None
         try:
-            async with _upstream(pool, account, tried) as (state, upstream):
-                await account.dispatch(state.replica)
-                if not account.tally.prompt_tokens:  # it may be worked on from now on
-                    account.tally.prompt_tokens = prompt
-                request = reencode(body, {**fields, "model": pool.upstream_model(state)})
-                response = await _begun(upstream, path, request, account.tally)
-                try:
-                    if stream:
-                        await _relay_events(response, out, account, sent, hide_usage=not wants_usage)
-                    else:
-                        await _relay_body(response, out, account.tally)
-                        account.written()
-                    return
-                finally:
-                    response.close()
+            if pool.leased:
+                lease = await pool.lease(account.principal.index, order=pool.others(tried) if tried else ())
+                state = pool.state_of(lease.replica)
+                upstream = pool.upstream_of(state)
+            else:
+                state, upstream = await pool.upstream(tried)
+            tried.add(state.replica)
+            await account.dispatch(state.replica)
+            if not account.tally.prompt_tokens:  # it may be worked on from now on
+                account.tally.prompt_tokens = prompt
+            request = reencode(body, {**fields, "model": pool.upstream_model(state)})
+            response = await _begun(upstream, path, request, account.tally)
+            try:
+                if stream:
+                    await _relay_events(response, out, account, sent, hide_usage=not wants_usage)
+                else:
+                    await _relay_body(response, out, account.tally)
+                    account.written()
+                return
+            finally:
+                response.close()
         except (EngineUnavailable, EngineTimeout, EngineFailed, RateLimited):
             if out.written:
                 # Only by the text that the client has, and not twice without any more of it.
@@ -127,28 +132,9 @@ async def relay(
                 begun, fields, tried = sent.tokens, fields | rest, pool.not_continuing()
             if not pool.others(tried):
                 raise
-
-
-@asynccontextmanager
-async def _upstream(
-    pool: ModelPool, account: Account, tried: set[int]
-) -> AsyncIterator[tuple[EngineState, Upstream]]:
-    """A ready upstream, and its slot if it has slots: none of those `tried` if there is another.
-
-    It is added to them.
-    """
-    if not pool.leased:
-        state, upstream = await pool.upstream(tried)
-        tried.add(state.replica)
-        yield state, upstream
-        return
-    lease = await pool.lease(account.principal.index, order=pool.others(tried) if tried else ())
-    try:
-        tried.add(lease.replica)
-        state = pool.state_of(lease.replica)
-        yield state, pool.upstream_of(state)
-    finally:
-        lease.release()
+        finally:
+            if lease is not None:
+                lease.release()
 
 
 async def _begun(upstream: Upstream, path: str, body: bytes, tally: Tally) -> Response:
