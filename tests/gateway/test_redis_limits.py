@@ -244,6 +244,34 @@ async def test_a_client_that_leaves_while_its_request_is_admitted_leaves_nothing
     await until_usage(limiter, running=1, reserved=0, spent=0)
 
 
+async def test_what_a_dead_worker_had_used_is_charged_to_all(machines):
+    worker, supervisor, other = machines.make("one:0"), machines.make("one:supervisor"), machines.make()
+    await request(worker, 100, 900)
+    with pytest.raises(InsufficientQuota):
+        await request(other, 1, 200)
+    await kill(worker)
+    machines.make("one:0")  # its successor gives back what was reserved
+    supervisor.charge("alice", 1, 0, tokens=60, money=700)
+    await until_usage(other, running=0, reserved=0, spent=700, tokens_today=60)
+    with pytest.raises(InsufficientQuota):
+        await request(other, 1, 301)
+    (await request(other, 1, 300)).give_back()
+
+
+async def test_what_is_charged_while_redis_is_away_is_told_when_it_is_back(machines, server):
+    limiter = machines.make()
+    (await request(limiter, 1, 1)).settle(1, 1)
+    await limiter.settled()
+    server.kill()
+    await until(lambda: limiter.away)
+    limiter.charge("alice", 1, 0, tokens=60, money=700)
+    assert limiter.local.usage(1).spent == 700, "this machine knows at once"
+    limiter.charge("gone", None, None, tokens=5, money=5)  # a key and a model that were deleted
+    server.start()
+    await until(lambda: not limiter.away)
+    assert (await limiter.usage("alice")).spent == 700
+
+
 async def test_a_deleted_key_leaves_nothing(machines):
     limiter = machines.make()
     (await request(limiter, 10, 10)).settle(10, 10)

@@ -187,6 +187,38 @@ def test_spent_is_all_of_the_money_and_today_s_tokens(store: Ledger) -> None:
     assert store.spent(MIDNIGHT + 5) == {"alice": Spent(14, 110), "bob": Spent(10**15, 110)}
 
 
+def test_spent_by_model_is_that_of_all_keys_and_stays(store: Ledger) -> None:
+    rows = [
+        row("a", -1),
+        row("b", 1),
+        row("c", 2, key_id="bob", price=3),
+        row("d", 2, model="other", price=1),
+    ]
+    store.take_in(batch(0, 1, rows))
+    expected = {"deepseek-v3": Spent(17, 220), "other": Spent(1, 110)}
+    assert store.spent_by_model(MIDNIGHT + 5) == expected
+    store.prune_usage(MIDNIGHT + 2 * HOUR)
+    assert {name: one.price for name, one in store.spent_by_model(MIDNIGHT).items()} == {
+        name: one.price for name, one in expected.items()
+    }
+
+
+def test_an_older_ledger_begins_the_totals_of_models_with_its_sums_by_hour(
+    url: str | None, tmp_path: Path
+) -> None:
+    old = open_ledger(tmp_path, url)
+    old.take_in(batch(0, 1, [row("a", -1), row("b", 1, outcome="error"), row("c", 2, model="other")]))
+    with old._transaction() as connection:
+        connection.execute(sa.text("DROP TABLE model_totals"))
+        connection.execute(sa.text(f"UPDATE {SCHEMA.version_table} SET version_num = '0001'"))
+    old.close()
+    new = open_ledger(tmp_path, url)
+    assert new.spent_by_model(MIDNIGHT) == {"deepseek-v3": Spent(14, 110), "other": Spent(7, 110)}
+    new.take_in(batch(1, 2, [row("d")]))
+    assert new.spent_by_model(MIDNIGHT)["deepseek-v3"].price == 21
+    new.close()
+
+
 def test_rows_are_read_in_pages_and_filtered(store: Ledger) -> None:
     same_moment = [row(f"{number:03}", number // 3, key_id="ab"[number % 2]) for number in range(20)]
     store.take_in(batch(0, 1, same_moment))
