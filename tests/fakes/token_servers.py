@@ -23,6 +23,7 @@ BEGIN, END, USER = 256, 257, 258
 CONTROLS = {"<｜begin▁of▁sentence｜>": BEGIN, "<｜end▁of▁sentence｜>": END, "<｜User｜>": USER}
 SPELLED = {id: text for text, id in CONTROLS.items()}
 CONTEXT = 4096
+TEMPLATE = "{{ bos_token }}{% for message in messages %}<｜User｜>{{ message.content }}{% endfor %}"
 
 Event = dict[str, Any]
 
@@ -39,6 +40,7 @@ def write_folder(folder: Path) -> Path:
         "eos_token": {"content": SPELLED[END]},
         "chat_template": "{{ x }}",
     }
+    settings["chat_template"] = TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
