@@ -67,3 +67,11 @@ bench: $(STAMP)  ## compare the gateway with nginx and the engine asked directly
 
 bench-smoke: $(STAMP)
 	$(BIN)/python -m bench.gateway --quick
+
+.PHONY: vllm-venv test-vllm
+VLLM_BASE ?= python3.11
+vllm-venv:  ## an environment in which vLLM runs on the CPU, into .venv-vllm (2.5 GB)
+	tools/vllm_venv.sh .venv-vllm $(VLLM_BASE)
+
+test-vllm: $(STAMP) vllm-venv  ## a real vLLM serves the tiny DeepSeek-V3, token by token as it should
+	$(BIN)/python -m pytest tests/service/test_vllm.py

@@ -109,7 +109,7 @@ def test_where_attached_engines_are(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def record(folder: Path, wanted: list[int], prompt: list[int]) -> Path:
-    (folder / "greedy.json").write_text(json.dumps([[prompt, wanted]]))
+    (folder / "greedy.json").write_text(json.dumps([{"prompt": prompt, "answer": wanted}]))
     return folder
 
 

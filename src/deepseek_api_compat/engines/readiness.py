@@ -16,7 +16,14 @@ from deepseek_api_compat.errors import ApiError, EngineFailed
 from deepseek_api_compat.protocol.grammar import text
 from deepseek_api_compat.protocol.job import Job, Sampling
 
-RECORD = "greedy.json"  # a list of [prompt ids, the ids that follow at temperature 0]
+RECORD = "greedy.json"
+
+
+class Recorded(msgspec.Struct, frozen=True):
+    """What the model answers to a prompt at temperature 0, in ids. `models build-tiny` writes a list of these."""
+
+    prompt: list[int]
+    answer: list[int]
 
 
 async def ready(engine: TokenEngine) -> ModelInfo:
@@ -33,10 +40,11 @@ async def check_record(engine: TokenEngine, folder: Path, context: int) -> None:
 
     context: tokens that a request may have; answers on record that are longer are left out.
     """
-    for number, (prompt, wanted) in enumerate(_record(folder / RECORD)):
-        if len(prompt) + len(wanted) > context:
+    for number, one in enumerate(_record(folder / RECORD)):
+        wanted = one.answer
+        if len(one.prompt) + len(wanted) > context:
             continue
-        job = Job(prompt_ids=prompt, max_tokens=len(wanted), sampling=Sampling(temperature=0.0))
+        job = Job(prompt_ids=one.prompt, max_tokens=len(wanted), sampling=Sampling(temperature=0.0))
         made = await _answer(engine, job)
         if made != wanted:
             pairs = zip(made, wanted, strict=False)
@@ -61,9 +69,9 @@ async def _answer(engine: TokenEngine, job: Job) -> list[int]:
     return [id async for pieces in engine.stream(job) for piece in pieces for id in piece.ids]
 
 
-def _record(file: Path) -> list[tuple[list[int], list[int]]]:
+def _record(file: Path) -> list[Recorded]:
     try:
-        return msgspec.json.decode(file.read_bytes(), type=list[tuple[list[int], list[int]]])
+        return msgspec.json.decode(file.read_bytes(), type=list[Recorded])
     except FileNotFoundError:
         return []
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
