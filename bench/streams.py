@@ -22,11 +22,13 @@ def client(service: Service) -> Upstream:
 class Stream:
     """One answer, and when its parts came."""
 
-    def __init__(self, model: str, prompt: str, tokens: int) -> None:
+    def __init__(self, model: str, prompt: str | list[dict[str, str]], tokens: int) -> None:
+        """`prompt`: a user's message, or all messages."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         self._body = json.dumps(
             {
                 "model": model,
-                "messages": [{"role": "user", "content": prompt}],
+                "messages": messages,
                 "max_tokens": tokens,
                 "logit_bias": {END: -100},
                 "stream": True,
