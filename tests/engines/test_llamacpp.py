@@ -140,6 +140,19 @@ async def test_stop_strings_are_not_part_of_the_answer(engine: LlamaCpp) -> None
 
 
 @pytest.mark.embedded
+async def test_no_id_comes_before_its_text(engine: LlamaCpp) -> None:
+    """What may be the beginning of a stop string is held back, ids and text."""
+    prompt = await chat(engine, "What is the capital of France? Answer in a short sentence.")
+    plain = await run(engine, Job(prompt, 20, GREEDY))
+    second = plain[1].text
+    pieces = await run(engine, Job(prompt, 20, GREEDY, stop=(second + "?!",)))
+    assert text(pieces) == text(plain)
+    assert ids(pieces) == ids(plain)
+    assert all(piece.text for piece in pieces[:-1])
+    assert pieces[1].ids == plain[1].ids + plain[2].ids
+
+
+@pytest.mark.embedded
 async def test_same_seed_same_answer(engine: LlamaCpp) -> None:
     prompt = await chat(engine, "Tell me a story.")
     first, second, other = [

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from deepseek_api_compat.engines.llamacpp_wire import EventReader, completion_body, piece
+from deepseek_api_compat.engines.llamacpp_wire import EventReader, Held, completion_body, piece
 from deepseek_api_compat.errors import EngineFailed, InvalidRequest
 from deepseek_api_compat.protocol.job import Job, Sampling
 
@@ -33,6 +33,21 @@ def test_any_split_of_the_bytes_gives_the_same_events() -> None:
         assert reader.feed(data[:cut]) + reader.feed(data[cut:]) == whole
     reader = EventReader()
     assert [event for byte in data for event in reader.feed(bytes([byte]))] == whole
+
+
+def test_ids_wait_for_their_text_with_their_probabilities() -> None:
+    held = Held()
+    probability = b',"completion_probabilities":[{"token":"x","logprob":-1.0}]}'
+    data = TOKEN.replace(b"}", probability)
+    first, second, third = EventReader().feed(data.replace(b'" \xc3\xa9t\xc3\xa9"', b'""') * 2 + data)
+    assert held.keeps(first)
+    assert held.keeps(second)
+    assert not held.keeps(third)
+    assert third.tokens == [260] * 3
+    assert len(third.completion_probabilities or ()) == 3
+    (last,) = EventReader().feed(LAST)
+    assert not held.keeps(last)
+    assert last.tokens == []
 
 
 def test_last_piece_has_the_counts() -> None:

@@ -132,11 +132,14 @@ class LlamaCpp:
                 raise wire.refusal(response.status, await response.read())
             events = wire.EventReader()
             top, made, heard = job.top_logprobs, 0, False
+            held = wire.Held()
             while data := await response.chunk():
                 pieces = []
                 for event in events.feed(data):
                     if not event.tokens_predicted and not event.stop:
                         continue  # a step through the prompt
+                    if held.keeps(event):
+                        continue
                     hidden = event.tokens_predicted - made - len(event.tokens)
                     made = event.tokens_predicted
                     if hidden > 0 and event.content:

@@ -173,6 +173,30 @@ class EventReader:
         return events
 
 
+class Held:
+    """Tokens whose text the server holds back, because it may be the beginning of a stop string.
+
+    It sends their ids at once and their text with a later event. An answer goes on at another engine behind
+    the ids that were passed on: so they wait for their text, or it would be missing there.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._probabilities: list[Probability] = []
+
+    def keeps(self, event: Event) -> bool:
+        """Whether its text is yet to come; else what was kept is given to it."""
+        self._tokens += event.tokens
+        self._probabilities += event.completion_probabilities or ()
+        if not event.content and not event.stop:
+            return True
+        event.tokens, self._tokens = self._tokens, []
+        if event.content:
+            event.completion_probabilities = self._probabilities
+        self._probabilities = []
+        return False
+
+
 def piece(event: Event, top: int | None) -> Piece:
     if not event.stop and top is None:
         return Piece(event.tokens, event.content)
