@@ -20,7 +20,7 @@ RECORD = "greedy.json"
 
 
 class Recorded(msgspec.Struct, frozen=True):
-    """What the model answers to a prompt at temperature 0, in ids. `models build-tiny` writes a list of these."""
+    """What the model answers to a prompt at temperature 0, in ids; `models build-tiny` writes such a list."""
 
     prompt: list[int]
     answer: list[int]
