@@ -3,7 +3,7 @@
     account = books.account(call_id, endpoint, principal, grant, tally)
     await account.reserve(pool, prompt, limit)    tokens and money of its key and its model
     await account.dispatch(replica)               it is written down; now an engine may hear of it
-    account.progress(); account.written()         what was made so far; so much of it was sent
+    account.progress(); account.writing()         what was made so far; all of it is being sent
     account.settle(...)                           once, whatever the end
 
 A request that was refused costs nothing; of a known key it is counted. Everything else leaves one row in the
@@ -134,8 +134,11 @@ class Account:
             self._checked = tally.completion_tokens
             self.grant.use(*self._used())
 
-    def written(self) -> None:
-        """All that was made so far has been written to the client."""
+    def writing(self) -> None:
+        """All that was made so far is about to be written to the client, in the very next step.
+
+        Before the write, not after it: whenever this process dies, nobody has received what is not counted.
+        """
         if self._entry is not None:
             self._entry.sent(self.tally.completion_tokens - self._sent)
             self._sent = self.tally.completion_tokens

@@ -4,7 +4,7 @@
     await journal.synced()          waits only if ledger.fsync is "always"
     entry.dispatched(replica, queue_ms); entry.first_token(ttft_ms)
     entry.made(prompt, cached, completion, reasoning)   what the engine has counted so far
-    entry.sent(tokens)              right after each write to the client
+    entry.sent(tokens)              right before each write to the client
     price = entry.settle("ok", 200, total_ms, finish="stop")
 
 `gateway/ledger.py` takes it into the database. The files are described in `gateway/journal_files.py`.
@@ -103,7 +103,7 @@ class Entry:
         self._cells[self._cell + TTFT] = ttft_ms
 
     def sent(self, tokens: int) -> None:
-        """So many more tokens were written to the client's connection."""
+        """So many more tokens are about to be written to the client's connection."""
         self._cells[self._cell + SENT] += tokens
 
     def made(self, prompt: int, cached: int, completion: int, reasoning: int) -> None:

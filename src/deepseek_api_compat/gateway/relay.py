@@ -118,8 +118,7 @@ async def relay(
                 if stream:
                     await _relay_events(response, out, account, sent, hide_usage=not wants_usage)
                 else:
-                    await _relay_body(response, out, account.tally)
-                    account.written()
+                    await _relay_body(response, out, account)
                 return
             finally:
                 response.close()
@@ -152,12 +151,13 @@ async def _begun(upstream: Upstream, path: str, body: bytes, tally: Tally) -> Re
         raise
 
 
-async def _relay_body(response: Response, out: EventStream, tally: Tally) -> None:
+async def _relay_body(response: Response, out: EventStream, account: Account) -> None:
     data = await response.read()
     try:
-        _count(_answer.decode(data).usage, tally)
+        _count(_answer.decode(data).usage, account.tally)
     except msgspec.MsgspecError:
         raise EngineFailed("The upstream answered something that is not a completion.") from None
+    account.writing()
     await out.finish(data)
 
 
@@ -200,11 +200,11 @@ async def _relay_events(
         account.progress()
         if sent is not None:
             sent.add(events)
+        account.writing()
         if done and not failed:
             await out.finish(events)
         elif events:
             await out.write(events)
-        account.written()
         if failed:
             raise EngineFailed("The upstream reported an error in the middle of its answer.")
         if done:

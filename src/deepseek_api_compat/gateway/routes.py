@@ -436,10 +436,10 @@ async def stream_events(events: Events, out: EventStream, encoder: Encoder, acco
         async for group in events:
             note_finish(group, account)
             if data := encoder.feed(group):
+                account.writing()
                 await out.write(data)
-                account.written()
+    account.writing()
     await out.finish(encoder.done())
-    account.written()
 
 
 async def collect_events(events: Events, out: EventStream, collector: Collector, account: Account) -> None:
@@ -447,8 +447,8 @@ async def collect_events(events: Events, out: EventStream, collector: Collector,
         async for group in events:
             note_finish(group, account)
             collector.feed(group)
+    account.writing()
     await out.finish(collector.response())
-    account.written()
 
 
 def note_finish(events: list[Event], account: Account) -> None:
