@@ -62,12 +62,15 @@ Script = Callable[[Peer], Awaitable[None]]
 
 
 class HttpServer:
-    """Runs a script for each connection, on a TCP port of its own or a Unix socket."""
+    """Runs a script for each connection, on a TCP port (0: one of its own) or a Unix socket."""
 
-    def __init__(self, script: Script, *, uds: str | None = None, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, script: Script, *, uds: str | None = None, port: int = 0, tls: ssl.SSLContext | None = None
+    ) -> None:
         self.connections = 0
         self._script = script
         self._uds = uds
+        self._port = port
         self._tls = tls
         self._peers: list[Peer] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -76,7 +79,7 @@ class HttpServer:
         if self._uds is not None:
             self._server = await asyncio.start_unix_server(self._accept, self._uds)
         else:
-            self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
+            self._server = await asyncio.start_server(self._accept, "127.0.0.1", self._port, ssl=self._tls)
         return self
 
     async def __aexit__(self, *_: object) -> None:
