@@ -3,8 +3,8 @@
     python -m bench.replicas [--rounds 3] [--sessions 12] [--turns 5] [--replicas 2] [--slots 4]
 
 The same conversations, with a system prompt that some share and pauses between turns, through the whole
-service with llama.cpp engines that start with an empty cache; one policy after the other, in another order each
-round.
+service with llama.cpp engines that start with an empty cache. One policy after the other, in another order
+each round.
 """
 
 from __future__ import annotations
