@@ -10,7 +10,7 @@ from bisect import bisect_left
 from functools import cached_property
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -72,6 +72,13 @@ SETTLEMENTS_LOST = Counter(
     "deepseek_limits_settlements_lost",
     "Requests whose use the Redis that counts limits will never hear of.",
     registry=_registry,
+)
+WORKER_TASKS = Gauge(
+    "deepseek_worker_tasks",
+    "asyncio tasks of a worker: one for each request at work and a few of its own.",
+    ["worker"],
+    registry=_registry,
+    multiprocess_mode="mostrecent",  # of a killed worker and the one in its place, the latter's
 )
 
 

@@ -25,9 +25,12 @@ from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.gateway import channel, logs
 from deepseek_api_compat.gateway.app import Application, shared_cells
 from deepseek_api_compat.gateway.http import HttpProtocol, sweep
+from deepseek_api_compat.gateway.metrics import WORKER_TASKS
 from deepseek_api_compat.gateway.shared import SharedMemory
 from deepseek_api_compat.security.certificates import LiveContext, published_place
 from deepseek_api_compat.security.keys import KeyTable
+
+TASKS_COUNTED = 2.0  # seconds between two counts
 
 
 class Server(uvicorn.Server):
@@ -47,6 +50,14 @@ async def renew(certificate: LiveContext) -> None:
         await asyncio.to_thread(certificate.renew)
     except SetupError as error:  # the supervisor has checked it: it must have been removed since
         logging.getLogger("deepseek_api").error("TLS: %s The certificate in use stays.", error)
+
+
+async def count_tasks(worker: int) -> None:
+    """Tell how many tasks there are, for as long as the worker lives."""
+    gauge = WORKER_TASKS.labels(str(worker))
+    while True:
+        gauge.set(len(asyncio.all_tasks()))
+        await asyncio.sleep(TASKS_COUNTED)
 
 
 def server_config(gate: object, server: ServerSettings, certificate: LiveContext | None) -> uvicorn.Config:
@@ -120,6 +131,7 @@ async def serve(args: argparse.Namespace) -> None:
         listening,
         asyncio.create_task(application.pulse.run()),
         asyncio.create_task(application.journal.run()),
+        asyncio.create_task(count_tasks(hello.worker)),
         asyncio.create_task(sweep(server.server_state.connections, settings.server)),
     ]
     # What was built so far lives as long as the process: keep the garbage collector off it.
