@@ -73,6 +73,14 @@ def test_who_holds_most_comes_first(index):
     assert index.best(hashes(9), 8) == []
 
 
+def test_all_that_hold_the_same_have_their_turn(index):
+    for replica in range(20):
+        index.insert(replica, hashes(1))
+    turns = [index.best(hashes(1), 4, turn) for turn in range(20)]
+    assert {len(set(best)) for best in turns} == {4}
+    assert {replica for best in turns for replica in best} == set(range(20))
+
+
 def test_the_least_recently_used_prefix_goes_first_and_from_its_end(index):
     index.insert(0, hashes(1, 2, 3, 4))
     index.insert(0, hashes(5, 6, 7, 8))

@@ -31,6 +31,9 @@ CAPACITY = 16_384 * BLOCK
 # Blocks that an engine may tell of: a bound on memory, four million tokens in blocks of 16.
 MOST_TOLD = 1 << 18
 
+# How many holders of a block are skipped at most to come to those whose turn it is: some microseconds.
+FARTHEST = 1024
+
 EngineHash = int | bytes
 
 
@@ -215,8 +218,11 @@ class PrefixIndex:
         held = {replica: self.held(replica, hashes) for replica in self._caches}
         return {replica: tokens for replica, tokens in held.items() if tokens}
 
-    def best(self, hashes: Sequence[int], most: int) -> list[int]:
-        """At most `most` replicas, those that hold the longest prefix first; quick with thousands of them."""
+    def best(self, hashes: Sequence[int], most: int, turn: int = 0) -> list[int]:
+        """At most `most` replicas, those that hold the longest prefix first; quick with thousands of them.
+
+        `turn` decides which of more replicas that hold the same.
+        """
         known = []
         for block in hashes:
             holders = self._holders.get(block)
@@ -225,8 +231,11 @@ class PrefixIndex:
             known.append(holders)
         found: dict[int, None] = {}
         for holders in reversed(known):
-            several = (holders,) if isinstance(holders, int) else islice(holders, most)
-            found.update(dict.fromkeys(several))
+            if isinstance(holders, int):
+                found[holders] = None
+            else:
+                first = turn * most % max(1, min(len(holders) - most + 1, FARTHEST))
+                found.update(dict.fromkeys(islice(holders, first, first + most)))
             if len(found) >= most:
                 break
         return list(islice(found, most))

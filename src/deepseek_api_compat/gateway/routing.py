@@ -207,7 +207,7 @@ class PrefixCost:
         if len(replicas) <= SCAN:
             return replicas
         sample = {candidate.replica: candidate for candidate in _sample(replicas, self._random)}
-        holders = self._index.best(hashes, SAMPLE)
+        holders = self._index.best(hashes, SAMPLE, self._turn)
         sample.update((replica, replicas[replica]) for replica in holders if replica < len(replicas))
         return sample.values()
 
