@@ -138,11 +138,11 @@ async def test_program_that_is_not_there(history: History) -> None:
 
 
 async def test_healthy_but_wrong_never_gets_ready(history: History) -> None:
-    process = history.process("--say=hello", start_timeout=0.5, backoff=Backoff(tries=1))
+    process = history.process("--say=hello", start_timeout=8.0, backoff=Backoff(tries=1))
     process.start()
     await process.until("failed")
     assert history.states == ["starting", "failed"]
-    assert "not ready within 0.5 s: it says b'hello\\n'" in process.detail
+    assert "not ready within 8 s: it says b'hello\\n'" in process.detail
 
 
 async def test_sigterm_ignored(history: History) -> None:
@@ -244,3 +244,31 @@ async def test_child_does_not_outlive_a_killed_supervisor(
     supervisor.kill()
     await until(lambda: gone(child))
     await supervisor.communicate()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are found in /proc")
+async def test_a_child_in_a_session_of_its_own_is_killed_with_what_hangs(
+    history: History, tmp_path: Path
+) -> None:
+    program = (
+        "import subprocess, sys, time;"
+        "ignore = 'import signal; signal.signal(15, signal.SIG_IGN); signal.pause()';"
+        "child = subprocess.Popen([sys.executable, '-c', ignore], start_new_session=True);"
+        "open(sys.argv[1], 'w').write(str(child.pid)); time.sleep(600)"
+    )
+    file = tmp_path / "pid"
+
+    async def ready() -> Any:
+        if not file.exists() or not file.read_text():
+            raise OSError("not yet")
+        return None
+
+    argv = [sys.executable, "-c", program, str(file)]
+    process = ManagedProcess(argv, log=history.log, ready=ready, backoff=Backoff(first=600.0, most=600.0))
+    process.start()
+    assert await process.until("ready", "failed") == "ready"
+    child = int(file.read_text())
+    assert process.memory() > 1_000_000
+    process.kill()
+    await until(lambda: gone(child), 30.0)
+    await process.stop()

@@ -131,7 +131,7 @@ class ManagedProcess:
     def kill(self) -> None:
         """End this life at once, as of a process that hangs; the next one begins as after any death."""
         if self.pid is not None:
-            _signal_group(self.pid, signal.SIGKILL)
+            _kill_family(self.pid)
 
     async def stop(self, grace: float = 5.0) -> None:
         """SIGTERM, SIGKILL after `grace` seconds; returns when the process is gone."""
@@ -207,7 +207,7 @@ class ManagedProcess:
         finally:
             leave.cancel()
             # Also after an exit, for its children: the number stays taken while the group has a member.
-            _signal_group(process.pid, signal.SIGKILL)
+            _kill_family(process.pid)
             code = await exit_
             self.pid = self.info = None
         if not problem:
@@ -281,6 +281,15 @@ def _signal_group(pid: int, number: int) -> None:
     # PermissionError is macOS's answer for a group of which only a zombie is left.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
+
+
+def _kill_family(pid: int) -> None:
+    """Kill the process, its group, and its descendants that have groups of their own."""
+    family = descendants(pid)
+    _signal_group(pid, signal.SIGKILL)
+    for child in family:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 def _resident(pid: int) -> int:
