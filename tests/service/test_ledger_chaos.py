@@ -104,7 +104,7 @@ def test_nothing_is_lost_or_counted_twice(start, upstream: ChatUpstream):
             else:
                 workers = service.workers()
                 os.kill(dice.choice(workers), signal.SIGKILL)
-                eventually(partial(fresh, service, workers), what="a new worker")
+                eventually(partial(fresh, service, workers), timeout=60, what="a new worker")
             now = results(clients)
             rows = wait_for(service, now)
             differences += [check(one, rows[one.id]) for one in now]
@@ -132,7 +132,7 @@ def wait_for(service: Service, those: list[Received]) -> dict[str, Row]:
         rows = ledger.rows(service)
         return rows if all(one.id in rows for one in those) else None
 
-    return dict(eventually(found, what="a row of each request that was admitted"))
+    return dict(eventually(found, timeout=60, what="a row of each request that was admitted"))
 
 
 def check(one: Received, row: Row) -> tuple[int, int]:
