@@ -49,7 +49,7 @@ async def history(tmp_path: Path, socket_path: Path) -> AsyncIterator[History]:
         await process.stop(grace=0)
 
 
-async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     """Poll for what no event tells: other processes."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not condition():
