@@ -25,7 +25,12 @@ class Service:
     """
 
     def __init__(
-        self, data_dir: Path, *args: str, command: str = "serve", env: dict[str, str] | None = None
+        self,
+        data_dir: Path,
+        *args: str,
+        command: str = "serve",
+        env: dict[str, str] | None = None,
+        patience: float = START_TIMEOUT,
     ) -> None:
         self.data_dir = data_dir
         self.output = ""
@@ -42,7 +47,7 @@ class Service:
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        if not self._ready.wait(START_TIMEOUT) or self.process.poll() is not None:
+        if not self._ready.wait(patience) or self.process.poll() is not None:
             self.kill()
             raise AssertionError(f"the service did not start:\n{self.output}")
         self.url = self._word_after("local     ").removesuffix("/v1")
