@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import queue
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -35,9 +37,9 @@ def two_upstreams(start, upstreams: list[ChatUpstream]) -> Service:
     config = upstream_model("pair", upstreams[0]) + second()
     config += upstream_model("capped", upstreams[0], concurrency=4) + second(concurrency=4)
     config += upstream_model("continuing", upstreams[0]) + second(prefix_continuation="true")
-    away = '\nfallback = ["absent", "capped"]\nready_timeout = 0.1\n[[models.engines]]\nkind = "openai"\nbase_url = "http://127.0.0.1:9/v1"\n'
-    config += f'[[models]]\nname = "away"{away}'
-    config += '[[models]]\nname = "absent"\n[[models.engines]]\nkind = "openai"\nbase_url = "http://127.0.0.1:9/v1"\n'
+    absent = '[[models.engines]]\nkind = "openai"\nbase_url = "http://127.0.0.1:9/v1"\n'
+    config += f'[[models]]\nname = "away"\nfallback = ["absent", "capped"]\nready_timeout = 0.1\n{absent}'
+    config += f'[[models]]\nname = "absent"\n{absent}'
     return start(IMPATIENT + config)
 
 
@@ -157,3 +159,15 @@ def test_another_model_answers_while_this_one_can_t(pair: Service, upstreams: li
     narrow = pair.new_key("narrow", "--models", "away")
     answer = call(pair.port, request("POST", PATH, chat("away"), narrow))
     assert answer.error["code"] == "engine_unavailable"
+
+
+def test_one_that_keeps_failing_is_left_alone(pair: Service, upstreams: list[ChatUpstream]):
+    upstreams[0].play(BROKEN["is away"])
+    upstreams[1].play(replying(ok(ANSWER)))
+    for _ in range(20):
+        assert post(pair, "pair").status == 200
+    asked = 0
+    with suppress(queue.Empty):
+        while upstreams[0].request(timeout=0.1):
+            asked += 1
+    assert 1 <= asked <= 8, "ten of twenty, were it not for the breaker"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 
@@ -14,6 +16,7 @@ from deepseek_api_compat.engines.base import EngineState, ModelInfo, TokenEngine
 from deepseek_api_compat.engines.upstream import Hung, Lost, Upstream
 from deepseek_api_compat.errors import ApiError, EngineFailed, EngineTimeout, EngineUnavailable
 from deepseek_api_compat.gateway.balance import Balance, Visit
+from deepseek_api_compat.gateway.breaker import Breaker, blames_replica, is_gone
 from deepseek_api_compat.gateway.slots import Lease, Leases
 from deepseek_api_compat.protocol.continuation import Continuation
 from deepseek_api_compat.protocol.job import Job, Piece
@@ -58,6 +61,7 @@ class ModelPool:
         several = sum(engine.replicas for engine in settings.engines) > 1
         self._balance = Balance(settings) if several and self.kind == "token" else None
         self._waiters: set[asyncio.Future[None]] = set()
+        self._breakers: defaultdict[int, Breaker] = defaultdict(Breaker)  # of chat upstreams
         self._turn = 0
 
     def update(self, states: list[EngineState]) -> list[TokenEngine | Upstream]:
@@ -110,12 +114,39 @@ class ModelPool:
         return self._engine((await self.any_ready()).replica)
 
     async def upstream(self, avoid: Collection[int] = ()) -> tuple[EngineState, Upstream]:
-        """A ready chat upstream, each in turn; one to `avoid` only if there is no other."""
+        """A ready chat upstream, each in turn; one to `avoid` or that keeps failing if there is no other."""
         await self.any_ready()
-        ready = [self._states[replica] for replica in self.others(avoid) or self.others(())]
-        self._turn += 1
-        state = ready[self._turn % len(ready)]
+        order = self.upstreams(avoid) or self.upstreams(())
+        state = self._states[order[0]]
         return state, self.upstream_of(state)
+
+    def upstreams(self, avoid: Collection[int]) -> list[int]:
+        """The ready chat upstreams that are not to be avoided, each first in turn; those that fail last."""
+        found = self.others(avoid)
+        if len(found) < 2:
+            return found
+        self._turn += 1
+        turn = self._turn % len(found)
+        now = time.monotonic()
+        return sorted(
+            found[turn:] + found[:turn], key=lambda replica: not self._breakers[replica].admits(now)
+        )
+
+    def admit(self, replica: int) -> int | None:
+        """A request goes to this upstream; `told` wants to hear of it, with this pass."""
+        return self._breakers[replica].admit(time.monotonic()) if len(self._states) > 1 else None
+
+    def told(self, replica: int, admitted: int | None, error: BaseException | None) -> None:
+        """How a request to an upstream ended; an `error` that is not the upstream's says nothing of it."""
+        if admitted is None:
+            return
+        breaker = self._breakers[replica]
+        if error is None:
+            breaker.succeeded(admitted)
+        elif isinstance(error, ApiError) and blames_replica(error):
+            breaker.failed(admitted, time.monotonic(), gone=is_gone(error))
+        else:
+            breaker.dropped(admitted)
 
     def others(self, avoid: Collection[int]) -> list[int]:
         """The ready replicas that are not to be avoided."""

@@ -103,7 +103,7 @@ async def relay(
         lease = None
         try:
             if pool.leased:
-                lease = await pool.lease(account.principal.index, order=pool.others(tried) if tried else ())
+                lease = await pool.lease(account.principal.index, order=pool.upstreams(tried))
                 state = pool.state_of(lease.replica)
                 upstream = pool.upstream_of(state)
             else:
@@ -113,15 +113,22 @@ async def relay(
             if not account.tally.prompt_tokens:  # it may be worked on from now on
                 account.tally.prompt_tokens = prompt
             request = reencode(body, {**fields, "model": pool.upstream_model(state)})
-            response = await _begun(upstream, path, request, account.tally)
+            admitted = pool.admit(state.replica)
+            response = None
             try:
+                response = await _begun(upstream, path, request, account.tally)
                 if stream:
                     await _relay_events(response, out, account, sent, hide_usage=not wants_usage)
                 else:
                     await _relay_body(response, out, account)
+                pool.told(state.replica, admitted, None)
                 return
+            except BaseException as error:
+                pool.told(state.replica, admitted, error)
+                raise
             finally:
-                response.close()
+                if response is not None:
+                    response.close()
         except (EngineUnavailable, EngineTimeout, EngineFailed, RateLimited):
             if out.written:
                 # Only by the text that the client has, and not twice without any more of it.
