@@ -7,7 +7,7 @@ PORT ?= 8000
 SERVE_ARGS ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: help install serve test check dist smoke-wheel test-oldest bench bench-smoke ledger-chaos clean
+.PHONY: help install serve test check dist smoke-wheel test-oldest bench bench-smoke ledger-chaos chaos chaos-smoke clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,6 +49,13 @@ smoke-wheel: dist  ## the wheel in clean environments: client, [server], [embedd
 
 ledger-chaos: $(STAMP)  ## kill -9 at 200 random moments: the ledger must know of every request (minutes)
 	LEDGER_CHAOS_MOMENTS=200 $(BIN)/python -m pytest -s tests/service/test_ledger_chaos.py
+
+CHAOS_SECONDS ?= 1800
+chaos: $(STAMP)  ## half an hour of load while engines and workers die, hang and lie; CHAOS_SECONDS=, CHAOS_SEED=
+	PYTHONPATH=tests $(BIN)/python -m chaos --seconds $(CHAOS_SECONDS) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
+
+chaos-smoke: $(STAMP)  ## the same for less than two minutes
+	PYTHONPATH=tests $(BIN)/python -m chaos --seconds 45 --clients 12 --seed 3
 
 OLD_PYTHON ?= python3.10
 test-oldest: .venv310/.installed  ## the tests on Python 3.10 with the lowest versions that pyproject.toml allows
