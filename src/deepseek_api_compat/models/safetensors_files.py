@@ -8,6 +8,7 @@ header (names, types, shapes and places of tensors), the data. A model of severa
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -43,24 +44,37 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 class Stored(NamedTuple):
-    """A tensor as it is stored: its type (a key of `_TYPES`), and its data (mapped, if it is a file's)."""
+    """A tensor to write: its type (a key of `_TYPES`) and its data."""
 
     dtype: str
     data: npt.NDArray[Any]
 
 
+class _Found(NamedTuple):
+    """A tensor in a file. offset: of its first byte, from the beginning of the file."""
+
+    path: Path
+    dtype: str
+    shape: Shape
+    offset: int
+
+    def map(self) -> npt.NDArray[Any]:
+        """Its data, mapped for as long as the array lives: mapped pages count as this process's memory."""
+        return np.memmap(self.path, _TYPES[self.dtype], "r", self.offset, self.shape)
+
+
 class Weights:
-    """The weights of a folder. Nothing is held in memory: what is asked for is read from the mapped files."""
+    """The weights of a folder. Nothing is held in memory: each piece is read when it is asked for."""
 
     def __init__(self, folder: Path, block: tuple[int, int] = (128, 128)) -> None:
         """block: of FP8 weights. Raises ModelError if there are no weights, or files that can't be read."""
         self._block = block
-        self._tensors: dict[str, Stored] = {}
+        self._tensors: dict[str, _Found] = {}
         for path, names in _files(folder).items():
-            stored = _map(path)
-            if missing := [name for name in names if name not in stored]:
+            found = _scan(path)
+            if missing := [name for name in names if name not in found]:
                 raise ModelError(f"{path} lacks {_some(missing)}, which {INDEX} says it holds.")
-            self._tensors.update(stored)
+            self._tensors.update(found)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -70,42 +84,39 @@ class Weights:
         if missing := [name for name in expected if name not in self]:
             raise ModelError(f"The checkpoint lacks {_some(missing)}.")
         for name, shape in expected.items():
-            if self._tensors[name].data.shape != shape:
-                raise ModelError(f"{name} is {self._tensors[name].data.shape} and should be {shape}.")
+            if self._tensors[name].shape != shape:
+                raise ModelError(f"{name} is {self._tensors[name].shape} and should be {shape}.")
             if self._tensors[name].dtype == "F8_E4M3":
                 self._check_scales(name)
 
     def _check_scales(self, name: str) -> None:
-        rows, columns = self._tensors[name].data.shape
+        rows, columns = self._tensors[name].shape
         shape = fp8.blocks(rows, self._block[0]), fp8.blocks(columns, self._block[1])
         scales = self._tensors.get(name + SCALE)
         if scales is None:
             raise ModelError(f"The checkpoint lacks {name}{SCALE}, the scales of an FP8 weight.")
-        if scales.dtype != "F32" or scales.data.shape != shape:
-            raise ModelError(
-                f"{name}{SCALE} is {scales.dtype} {scales.data.shape} and should be F32 {shape}."
-            )
+        if (scales.dtype, scales.shape) != ("F32", shape):
+            raise ModelError(f"{name}{SCALE} is {scales.dtype} {scales.shape} and should be F32 {shape}.")
 
     def read(self, name: str) -> Floats:
         """The whole tensor, as float32."""
-        stored = self._tensors[name]
-        return self.rows(name, 0, stored.data.shape[0])
+        return self.rows(name, 0, self._tensors[name].shape[0])
 
     def rows(self, name: str, start: int, stop: int) -> Floats:
         """Those rows of the tensor, as float32. FP8 rows can start anywhere."""
-        dtype, data = self._tensors[name]
-        if dtype == "F8_E4M3":
+        found = self._tensors[name]
+        if found.dtype == "F8_E4M3":
             return self._dequantised(name, start, stop)
-        part = data[start:stop]
-        if dtype == "BF16":
+        part = found.map()[start:stop]
+        if found.dtype == "BF16":
             return (part.astype(np.uint32) << 16).view(np.float32)
         return part.astype(np.float32)
 
     def _dequantised(self, name: str, start: int, stop: int) -> Floats:
         high = self._block[0]
         first = start // high  # whole rows of blocks, so that the scales fit
-        codes = self._tensors[name].data[first * high : stop]
-        scales = self._tensors[name + SCALE].data[first : fp8.blocks(stop, high)]
+        codes = self._tensors[name].map()[first * high : stop]
+        scales = self._tensors[name + SCALE].map()[first : fp8.blocks(stop, high)]
         return fp8.dequantise(codes, scales.astype(np.float32), self._block)[start - first * high :]
 
 
@@ -129,7 +140,8 @@ def _files(folder: Path) -> dict[Path, list[str]]:
     return files
 
 
-def _map(path: Path) -> dict[str, Stored]:
+def _scan(path: Path) -> dict[str, _Found]:
+    """What the file holds. Only its header is read."""
     try:
         data = np.memmap(path, np.uint8, "r")
         (length,) = struct.unpack("<Q", data[:8].tobytes())
@@ -143,19 +155,19 @@ def _map(path: Path) -> dict[str, Stored]:
         }
     except (OSError, ValueError, struct.error, msgspec.MsgspecError) as error:
         raise ModelError(f"{path} is not a readable safetensors file: {error}.") from None
-    return {name: _stored(path, name, place, data[8 + length :]) for name, place in places.items()}
+    start = 8 + length
+    return {name: _found(path, name, place, start, len(data)) for name, place in places.items()}
 
 
-def _stored(path: Path, name: str, place: _Place, data: npt.NDArray[np.uint8]) -> Stored:
+def _found(path: Path, name: str, place: _Place, data: int, end: int) -> _Found:
+    """data: where the file's data begins. end: of the file."""
     if place.dtype not in _TYPES:
         raise ModelError(f"{name} in {path} is {place.dtype}; known are {', '.join(_TYPES)}.")
-    start, stop = place.data_offsets
-    kind = np.dtype(_TYPES[place.dtype])
-    size = int(np.prod(place.shape, dtype=np.int64)) * kind.itemsize
-    if not 0 <= start <= stop <= len(data) or stop - start != size:
+    start, stop = (data + offset for offset in place.data_offsets)
+    bytes_ = math.prod(place.shape) * np.dtype(_TYPES[place.dtype]).itemsize
+    if not data <= start <= stop <= end or stop - start != bytes_:
         raise ModelError(f"{path} is damaged or cut short: the data of {name} is not all there.")
-    # Files from elsewhere need not align their data: numpy copes.
-    return Stored(place.dtype, data[start:stop].view(kind).reshape(place.shape))
+    return _Found(path, place.dtype, place.shape, start)
 
 
 def _some(names: list[str]) -> str:
