@@ -9,10 +9,10 @@ import asyncio
 import json
 import os
 import signal
-import threading
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
@@ -20,7 +20,6 @@ from deepseek_api_compat.config import EngineSettings
 from deepseek_api_compat.engines import guard, kinds
 from deepseek_api_compat.engines.base import Endpoint, ModelInfo
 from deepseek_api_compat.engines.lifeline import Lifeline
-from deepseek_api_compat.engines.process import ManagedProcess
 from deepseek_api_compat.models import catalogue, prepared, tiny_v3
 from deepseek_api_compat.protocol.job import Job, Sampling
 from engines.contract import GREEDY, Contract, Subject, ids_of, run
@@ -36,6 +35,21 @@ COMMAND = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server"]
 # Exactness is a matter of float32, which only the plain MLA kernel has; eager saves a compilation.
 ARGS = ["--dtype", "float32", "--enforce-eager", "--attention-backend", "CPU_MLA"]
 ARGS += ["--compilation-config", '{"custom_ops": ["none"]}']
+CONFIG = """
+[[models]]
+name = "tiny-v3"
+temperature = 0.0
+[[models.engines]]
+kind = "vllm"
+path = "{settings.path}"
+command = {command}
+args = {args}
+context = {settings.context}
+batch_size = {settings.batch_size}
+[models.engines.env]
+VLLM_CPU_KVCACHE_SPACE = "1"
+HF_HUB_OFFLINE = "1"
+"""
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -46,75 +60,33 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Running(NamedTuple):
+    """A service, and its engine as a client of its own sees it."""
+
+    service: Service
+    settings: EngineSettings
     endpoint: Endpoint
     info: ModelInfo
-    settings: EngineSettings
-    pid: int
-    log: Path
-
-
-class Keeper:
-    """A managed engine in an event loop of its own, so that many tests share it."""
-
-    def __init__(self, folder: Path, model: Path, *more: str) -> None:
-        self.settings = EngineSettings(
-            kind="vllm",
-            path=str(model),
-            command=COMMAND,
-            args=[*ARGS, *more],
-            env=ENV,
-            batch_size=4,
-            context=512,
-        )
-        self.endpoint = kinds.listening_place(self.settings, folder / "v.sock")
-        self.log = folder / "vllm.log"
-        self._lifeline = Lifeline()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
-        self.process = self._do(self._start())
-
-    def settled(self) -> ManagedProcess:
-        """Wait until it is ready, or given up."""
-        self._do(self.process.until("ready", "failed"))
-        return self.process
-
-    def close(self) -> None:
-        self._do(self.process.stop(grace=30.0))
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._lifeline.close()
-
-    def _do(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(600)
-
-    async def _start(self) -> ManagedProcess:
-        process = kinds.managed(
-            self.settings,
-            model=self.settings.path or "",
-            endpoint=self.endpoint,
-            log=self.log,
-            lifeline=self._lifeline,
-        )
-        process.start()
-        return process
 
 
 @pytest.fixture(scope="module")
 def running(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    keeper = Keeper(tmp_path_factory.mktemp("vllm"), model)
-    process = keeper.settled()
-    try:
-        assert process.state == "ready", process.detail
-        assert process.info is not None
-        assert process.pid is not None
-        assert process.memory() > 100_000_000
-        yield Running(keeper.endpoint, process.info, keeper.settings, process.pid, keeper.log)
-    finally:
-        children = guard.descendants(process.pid) if process.pid else []
-        keeper.close()
-        assert not any(map(alive, children)), "something outlived the engine"
+    """A service with a managed vLLM; when it is killed with -9, nothing of vLLM is left."""
+    settings = EngineSettings(
+        kind="vllm", path=str(model), command=COMMAND, args=ARGS, env=ENV, batch_size=4, context=512
+    )
+    folder = tmp_path_factory.mktemp("vllm")
+    (folder / "config.toml").write_text(
+        CONFIG.format(settings=settings, args=json.dumps(ARGS), command=json.dumps(COMMAND))
+    )
+    service = Service(folder / "data", "--config", str(folder / "config.toml"), patience=600.0)
+    endpoint = Endpoint(uds=str(folder / "data" / "run" / "engines" / "0-0.sock"))
+    yield Running(service, settings, endpoint, asyncio.run(kinds.examine(settings, endpoint, str(model))))
+    [state] = service.engines()
+    family = [state["pid"], *guard.descendants(state["pid"])]
+    service.process.send_signal(signal.SIGKILL)
+    service.kill()
+    assert len(family) > 2
+    eventually(lambda: not any(map(alive, family)), timeout=60, what="no orphan")
 
 
 class TestVllm(Contract):
@@ -152,48 +124,37 @@ class TestVllm(Contract):
         assert running.info.can.grammar
 
 
-def test_a_wrong_launch_is_caught(model: Path, tmp_path: Path) -> None:
-    """It is healthy, gives tokens, and they are wrong: this one scales the routed experts differently."""
-    keeper = Keeper(tmp_path, model, "--hf-overrides", '{"routed_scaling_factor": 1.0}')
-    try:
-        process = keeper.settled()
-        assert process.state == "failed"
-        assert "The engine computes wrongly: answer 0 of" in process.detail
-        assert "differs at token" in process.detail
-    finally:
-        keeper.close()
-
-
-def test_a_service_with_a_managed_vllm(model: Path, start: Any) -> None:
-    """Chat by DeepSeek-V3's own format; and when the service is killed with -9, nothing of vLLM is left."""
-    config = f"""
-[[models]]
-name = "tiny-v3"
-temperature = 0.0
-[[models.engines]]
-kind = "vllm"
-path = "{model}"
-command = {json.dumps(COMMAND)}
-args = {json.dumps(ARGS)}
-context = 512
-batch_size = 2
-[models.engines.env]
-VLLM_CPU_KVCACHE_SPACE = "1"
-HF_HUB_OFFLINE = "1"
-"""
-    service: Service = start(config)
-    [state] = service.engines()
+def test_the_service_in_front_of_it(running: Running) -> None:
+    """Chat by DeepSeek-V3's own format, and what operators see of the engine."""
+    [state] = running.service.engines()
     assert (state["kind"], state["state"]) == ("vllm", "ready")
     assert "--max-model-len" in state["argv"]
     assert state["started"] > 0
-    eventually(lambda: service.engines()[0]["memory"] > 10**8, timeout=60, what="its memory is known")
-    with service.client() as client:
+    eventually(lambda: running.service.engines()[0]["memory"] > 10**8, timeout=60, what="its memory is known")
+    with running.service.client() as client:
         body = chat("tiny-v3", "Hello", max_tokens=8)
         answer = client.post("/v1/chat/completions", json=body).json()
-        assert answer["usage"]["completion_tokens"] == 8
-        assert answer["choices"][0]["message"]["content"]
-    family = [state["pid"], *guard.descendants(state["pid"])]
-    assert len(family) > 2
-    service.process.send_signal(signal.SIGKILL)
-    service.process.wait(60)
-    eventually(lambda: not any(map(alive, family)), timeout=60, what="no orphan")
+    assert answer["usage"]["completion_tokens"] == 8
+    assert answer["choices"][0]["message"]["content"]
+
+
+async def test_a_wrong_launch_is_caught(model: Path, tmp_path: Path) -> None:
+    """It is healthy, gives tokens, and they are wrong: this one scales the routed experts differently."""
+    wrong = ["--hf-overrides", '{"routed_scaling_factor": 1.0}']
+    settings = EngineSettings(kind="vllm", command=COMMAND, args=[*ARGS, *wrong], env=ENV, context=512)
+    lifeline = Lifeline()
+    process = kinds.managed(
+        settings,
+        model=str(model),
+        endpoint=kinds.listening_place(settings, Path(tempfile.mkdtemp(prefix="vllm-")) / "v.sock"),
+        log=tmp_path / "vllm.log",
+        lifeline=lifeline,
+    )
+    process.start()
+    try:
+        assert await process.until("ready", "failed") == "failed"
+        assert "The engine computes wrongly: answer 0 of" in process.detail
+        assert "differs at token" in process.detail
+    finally:
+        await process.stop(grace=30.0)
+        lifeline.close()

@@ -200,13 +200,15 @@ async def first_model(settings: EngineSettings, endpoint: Endpoint) -> str:
     return models[0].id
 
 
-async def examine(settings: EngineSettings, endpoint: Endpoint, model: str | None) -> ModelInfo:
+async def examine(
+    settings: EngineSettings, endpoint: Endpoint, model: str | None, patience: float | None = None
+) -> ModelInfo:
     """What an engine serves, once it has given real tokens and, where they are on record, the right ones.
 
-    model: the path or repository that it was started with; None to ask it. Raises ApiError while it can't,
-    Unfit if it must not be used.
+    model: the path or repository that it was started with; None to ask it. patience: as for `connect`. Raises
+    ApiError while it can't, Unfit if it must not be used.
     """
-    stranger = connect(settings, endpoint, None)
+    stranger = connect(settings, endpoint, None, patience)
     try:
         info = await ready(stranger)
         folder = await _folder(settings, stranger, model)
@@ -219,7 +221,7 @@ async def examine(settings: EngineSettings, endpoint: Endpoint, model: str | Non
             "The model's files can't be read here: `path` must name a folder with its tokenizer files."
         )
     info = await asyncio.to_thread(hf_files.with_files, info, folder)
-    engine = connect(settings, endpoint, info)
+    engine = connect(settings, endpoint, info, patience)
     try:
         await check_record(engine, folder, info.context)
         can = msgspec.structs.replace(info.can, grammar=await keeps_to_grammars(engine))

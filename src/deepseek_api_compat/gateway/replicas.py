@@ -25,6 +25,7 @@ from deepseek_api_compat.protocol.deepseek.detect import unmet
 
 PROBE_INTERVAL = 5.0  # seconds between two looks at a replica that is ready
 PROBE_TIMEOUT = 10.0  # seconds in which it should answer the simplest question
+FIRST_TOKEN = 60.0  # seconds of silence that a running engine may answer our first questions with
 MISSED = 3  # such questions in a row without an answer: it hangs
 UNLIMITED = 1 << 30
 Question = Callable[[TokenEngine], Awaitable[ModelInfo]]
@@ -194,7 +195,8 @@ class AttachedEngine(WatchedUpstream):
                 self._set("starting", f"{self._client.where}: {problem}")
             return
         try:
-            self.info = await kinds.examine(self._settings, self.endpoint, self._settings.path)
+            # Not for as long as an answer may take: the service waits for this when it starts.
+            self.info = await kinds.examine(self._settings, self.endpoint, self._settings.path, FIRST_TOKEN)
         except ApiError as error:
             self._set("starting", f"{self._client.where}: {error.message}")
             return
