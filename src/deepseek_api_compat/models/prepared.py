@@ -177,7 +177,8 @@ def _only_model(directory: Path) -> Path:
 def _other_format(path: Path) -> str:
     return (
         f"{path} is not GGUF but a format for vLLM or SGLang; serve it with one of these and put that "
-        "server in the configuration (an engine of kind openai), or convert it to GGUF with llama.cpp."
+        "server in the configuration (an engine of kind openai), or convert it to GGUF: DeepSeek-V3's with "
+        "'deepseek-api models convert', others with llama.cpp."
     )
 
 
