@@ -61,8 +61,8 @@ class ScriptedPool:
     def format(self, info: ModelInfo) -> str:
         return self._format
 
-    async def engine(self) -> ScriptedPool:
-        return self
+    async def ask(self, question: Callable[[ScriptedPool], Awaitable[list[int]]]) -> list[int]:
+        return await question(self)
 
     async def encode(self, segments: Sequence[Segment]) -> list[int]:
         return [number for number, _ in enumerate("".join(segment.text for segment in segments))]

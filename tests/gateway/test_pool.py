@@ -205,3 +205,34 @@ def test_the_answer_goes_on_where_its_prompt_was_computed(new_pool):
     survivor = next(engine for engine in pool.made if engine.jobs and engine.jobs[0].sent)
     run(pool, Job([*first, *ANSWER, *range(40)], max_tokens=50))
     assert len(survivor.jobs) == 2
+
+
+def test_a_question_that_needs_no_slot_is_asked_again(new_pool):
+    pool = new_pool()
+    asked = []
+
+    async def question(engine: Engine) -> str:
+        asked.append(pool.made.index(engine))
+        if len(asked) == 1:
+            raise Unanswered("refused")
+        if len(asked) == 2:
+            raise EngineTimeout("silent")
+        return "answer"
+
+    assert asyncio.run(pool.ask(question)) == "answer"
+    assert asked == [0, 1, 2]
+    assert pool.doubts == [(0, False), (1, True)]
+
+
+def test_a_question_that_is_wrong_or_kills_is_not_asked_for_ever(new_pool):
+    pool = new_pool()
+
+    async def question(error: ApiError) -> None:
+        raise error
+
+    with pytest.raises(InvalidRequest):
+        asyncio.run(pool.ask(lambda engine: question(InvalidRequest("no"))))
+    assert pool.doubts == []
+    with pytest.raises(Lost):
+        asyncio.run(pool.ask(lambda engine: question(LOST)))
+    assert len(pool.doubts) == 3

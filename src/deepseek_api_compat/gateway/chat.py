@@ -89,7 +89,7 @@ class ChatService:
 
         `functions` are the declared functions as the client wrote them, with the order of their keys.
         """
-        info, engine = await pool.info(), await pool.engine()
+        info = await pool.info()
         check_length(info, sum(characters(message) for message in request.messages))
         request = msgspec.structs.replace(request, messages=paired(request.messages))
         format = pool.format(info)
@@ -98,7 +98,7 @@ class ChatService:
         else:
             rendered = formats.prompt(format, request, functions)
         check_length(info, sum(len(segment.text) for segment in rendered.segments))  # tools are long too
-        return await engine.encode(rendered.segments), rendered.start
+        return await pool.ask(lambda engine: engine.encode(rendered.segments)), rendered.start
 
     async def complete(
         self, pool: ModelPool, request: CompletionRequest, prompts: Sequence[list[int]], account: Account

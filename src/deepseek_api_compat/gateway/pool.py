@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
+from typing import TypeVar
 
 import msgspec
 
@@ -21,6 +22,7 @@ from deepseek_api_compat.gateway.slots import Lease, Leases
 from deepseek_api_compat.protocol.continuation import Continuation
 from deepseek_api_compat.protocol.job import Job, Piece
 
+T = TypeVar("T")
 CHAT_KINDS = frozenset({"openai"})
 # A job that has met so many failures without a token in between may be their cause: before its first token,
 # and after it, when somebody is reading already.
@@ -113,6 +115,24 @@ class ModelPool:
         """A client of any ready replica, for calls that take no slot (tokenize)."""
         return self._engine((await self.any_ready()).replica)
 
+    async def ask(self, question: Callable[[TokenEngine], Awaitable[T]]) -> T:
+        """What a ready replica says to a question that takes no slot, such as the tokens of a prompt.
+
+        If it dies or hangs over it, another is asked, or that one when it is back, as often as a stream that
+        has begun would look for one. Raises the last one's error.
+        """
+        failures = 0
+        while True:
+            replica = (await self.any_ready()).replica
+            try:
+                return await question(self._engine(replica))
+            except (EngineUnavailable, EngineTimeout, Lost) as error:
+                failures += 1
+                if self._states[replica].state == "ready":
+                    self._suspect(replica, error)
+                if failures >= MOST_FAILURES_BEGUN:
+                    raise
+
     async def upstream(self, avoid: Collection[int] = ()) -> tuple[EngineState, Upstream]:
         """A ready chat upstream, each in turn; one to `avoid` or that keeps failing if there is no other."""
         await self.any_ready()
@@ -181,13 +201,15 @@ class ModelPool:
     def state_of(self, replica: int) -> EngineState:
         return self._states[replica]
 
-    async def lease(self, key: int = 0, *, urgent: bool = False, order: Sequence[int] = ()) -> Lease:
+    async def lease(
+        self, key: int = 0, *, urgent: bool = False, order: Sequence[int] = (), home: int = -1
+    ) -> Lease:
         """A slot of a ready replica, fairly among keys. `urgent`: before all who wait; `order`: whose first.
 
         Raises RateLimited, EngineUnavailable, EngineTimeout.
         """
         await self.any_ready()
-        return await self._leases.acquire(self.index, key, urgent=urgent, order=order)
+        return await self._leases.acquire(self.index, key, urgent=urgent, order=order, home=home)
 
     async def stream(
         self, job: Job, key: int = 0, on_lease: Callable[[int], Awaitable[None]] | None = None
@@ -229,8 +251,8 @@ class ModelPool:
         if self._balance is None:
             return await self.lease(key, urgent=urgent), None
         prompt = self._balance.prompt(job.prompt_ids, job.cache_salt)
-        order = self._balance.order(prompt, self._leases.load(self.index))
-        lease = await self.lease(key, urgent=urgent, order=order)
+        order, home = self._balance.order(prompt, self._leases.load(self.index))
+        lease = await self.lease(key, urgent=urgent, order=order, home=home)
         return lease, self._balance.send(lease.replica, prompt)
 
     def _doubt(self, lease: Lease, error: ApiError) -> None:
@@ -238,10 +260,12 @@ class ModelPool:
         if isinstance(error, EngineFailed) and not isinstance(error, Lost):
             return  # it has answered, if only that it failed: perhaps it was the request
         if self._leases.suspend(lease):
-            # Until the supervisor's next word, which comes in any case.
-            state = self._states[lease.replica]
-            self._states[lease.replica] = msgspec.structs.replace(state, state="doubtful")
-            self._on_doubt(self.index, lease.replica, isinstance(error, (EngineTimeout, Hung)))
+            self._suspect(lease.replica, error)
+
+    def _suspect(self, replica: int, error: ApiError) -> None:
+        # Until the supervisor's next word, which comes in any case.
+        self._states[replica] = msgspec.structs.replace(self._states[replica], state="doubtful")
+        self._on_doubt(self.index, replica, isinstance(error, (EngineTimeout, Hung)))
 
     def usage(self) -> tuple[int, int, int]:
         return self._leases.usage(self.index)
