@@ -161,6 +161,7 @@ read_timeout = 10.0
 [[models.engines]]
 kind = "llamacpp"
 base_url = "http://127.0.0.1:{self._port}"
+path = "{model}"
 batch_size = {SLOTS}
 stall_timeout = 3.0
 read_timeout = 10.0
