@@ -105,17 +105,24 @@ class TestVllm(Contract):
             assert ids_of(made) == one.answer
 
     async def test_penalties_count_the_answer_only(self, subject: Subject) -> None:
-        """What `Capabilities.penalties_see_prompt` says, and what an answer that goes on is made up for."""
+        """What `Capabilities.penalties_see_prompt` says, and what an answer that goes on is made up for.
+
+        A bias lifts a token of the prompt to just above all others; a penalty that counts it brings it down.
+        """
         token = 500
-
-        async def third(prompt: list[int], sent: int = 0) -> int:
-            sampling = Sampling(temperature=0.0, presence_penalty=2.0, logit_bias={token: 1.0})
-            return ids_of(await run(subject.engine, Job(prompt, 1, sampling, sent=sent)))[0]
-
-        bare = Sampling(temperature=0.0, logit_bias={token: 1.0})
         prompt = [*subject.prompt, token, token]
-        unpenalised = ids_of(await run(subject.engine, Job(prompt, 1, bare)))[0]
-        assert await third(prompt) == unpenalised
+
+        async def wins(bias: float, presence: float = 0.0, sent: int = 0) -> bool:
+            sampling = Sampling(temperature=0.0, presence_penalty=presence, logit_bias={token: bias})
+            return ids_of(await run(subject.engine, Job(prompt, 1, sampling, sent=sent))) == [token]
+
+        low, high = 0.0, 90.0
+        assert await wins(high)
+        while high - low > 0.5:
+            middle = (low + high) / 2
+            low, high = (low, middle) if await wins(middle) else (middle, high)
+        assert await wins(high, presence=2.0)
+        assert not await wins(high, presence=2.0, sent=2)
 
     async def test_what_it_knows_of_its_model(self, running: Running) -> None:
         assert (running.info.format, running.info.context, running.info.slots) == ("v3", 512, 4)
