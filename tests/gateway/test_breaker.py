@@ -10,7 +10,6 @@ from deepseek_api_compat.errors import (
     EngineFailed,
     EngineTimeout,
     EngineUnavailable,
-    InsufficientQuota,
     InvalidRequest,
     RateLimited,
 )
@@ -20,7 +19,6 @@ from deepseek_api_compat.gateway.breaker import (
     blames_replica,
     check_fallbacks,
     fallback_chain,
-    falls_back,
     is_gone,
 )
 
@@ -179,18 +177,6 @@ def test_it_always_comes_to_a_trial_again(steps):
 )
 def test_whose_fault_an_error_is(error, blamed, gone):
     assert (blames_replica(error), is_gone(error)) == (blamed, gone)
-
-
-def test_another_model_answers_only_before_the_first_token():
-    assert falls_back(EngineUnavailable("x"), begun=False)
-    assert not falls_back(EngineUnavailable("x"), begun=True)
-    assert falls_back(RateLimited("x"), begun=False, queue_full=True)
-    assert not falls_back(RateLimited("x"), begun=True, queue_full=True)
-
-
-@pytest.mark.parametrize("error", [RateLimited("x"), InsufficientQuota("x"), InvalidRequest("x")])
-def test_no_client_gets_around_its_limits_by_another_model(error):
-    assert not falls_back(error, begun=False)
 
 
 def test_the_chain_is_in_order_and_names_none_twice():

@@ -347,3 +347,29 @@ def test_replicas_are_tried_in_the_order_that_is_asked_for(table):
     table.set_capacity(0, 0, 5)
     table.set_capacity(0, 1, 1)
     assert [table.acquire(0, 0, 10, order=(1, 0)).replica for _ in range(2)] == [1, 0]
+
+
+def test_a_freed_slot_goes_to_who_is_at_home_there_among_equals(table):
+    table.set_capacity(0, 0, 1)
+    table.set_capacity(0, 1, 1)
+    for replica in (0, 1):
+        assert table.acquire(0, 0, 9, order=(replica,)).replica == replica
+    first = table.acquire(0, 0, 9, key=1, home=1).ticket
+    second = table.acquire(0, 0, 9, key=2, home=0).ticket
+    third = table.acquire(0, 0, 9, key=2, home=1).ticket
+    table.release(0, 0, 0, 1.0)
+    assert [table.granted(0, ticket) for ticket in (first, second, third)] == [-1, 0, -1]
+    # Key 2 has a slot now: home or not, key 1 has less.
+    table.release(0, 1, 0, 1.0)
+    assert [table.granted(0, ticket) for ticket in (first, second, third)] == [1, 0, -1]
+
+
+def test_homes_don_t_count_when_somebody_waits_for_long(table, monkeypatch):
+    monkeypatch.setattr(slots, "HOMES_COUNT", 3)
+    table.set_capacity(0, 0, 1)
+    table.acquire(0, 0, 9)
+    stranger = table.acquire(0, 0, 9, home=1).ticket
+    for _ in range(3):
+        table.acquire(0, 0, 9, home=0)
+    table.release(0, 0, 0, 1.0)
+    assert table.granted(0, stranger) == 0

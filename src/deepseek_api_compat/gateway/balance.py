@@ -51,8 +51,8 @@ class Balance:
         """What routing needs of a prompt; prompts of different salts share nothing."""
         return Prompt.of(ids, self._index.block, salt=salt.encode())
 
-    def order(self, prompt: Prompt, load: Load) -> list[int]:
-        """The replicas that have a slot for the prompt, the best first."""
+    def order(self, prompt: Prompt, load: Load) -> tuple[list[int], int]:
+        """The replicas with a slot for the prompt, the best first; if there is none, its home (-1: any)."""
         now = self._clock()
         candidates = [
             Candidate(
@@ -66,7 +66,9 @@ class Balance:
             )
             for replica, (used, slots) in enumerate(load)
         ]
-        return self._policy.order(prompt, candidates)
+        order = self._policy.order(prompt, candidates)
+        homes = [] if order else self._policy.homes(prompt, candidates)
+        return order, homes[0] if homes else -1
 
     def send(self, replica: int, prompt: Prompt) -> Visit:
         """The prompt goes to the replica now."""

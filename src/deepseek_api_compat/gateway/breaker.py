@@ -26,7 +26,6 @@ from deepseek_api_compat.errors import (
     EngineFailed,
     EngineTimeout,
     EngineUnavailable,
-    RateLimited,
 )
 
 
@@ -168,21 +167,6 @@ def blames_replica(error: ApiError) -> bool:
 def is_gone(error: ApiError) -> bool:
     """Whether the replica could not be reached, hangs or broke off; else it has answered, with an error."""
     return blames_replica(error) and (not isinstance(error, EngineFailed) or isinstance(error, Lost))
-
-
-def falls_back(error: ApiError, *, begun: bool, queue_full: bool = False) -> bool:
-    """Whether another model may answer instead.
-
-    It may when no replica of this one can: unavailable, timed out, broken, or its queue is full
-    (`queue_full`: the caller knows whether a RateLimited is that). Never when the answer has `begun`, which
-    would become two models' work, and never for what the client must change: a wrong request, its own limits,
-    its budget.
-    """
-    if begun:
-        return False
-    if isinstance(error, RateLimited):
-        return queue_full
-    return isinstance(error, (EngineUnavailable, EngineTimeout, EngineFailed))
 
 
 def fallback_chain(model: str, fallbacks: Mapping[str, Sequence[str]]) -> list[str]:

@@ -14,7 +14,12 @@ doing if it dies while it grants a slot to another, so that the next who comes f
     replicas x (capacity, generation, workers x leases)
     workers x KEYS x leases          the same leases by key
     KEYS x turn                      when a key got its last one
-    QUEUE x ticket                   state | worker << 8 | key << 16 | replica << 32, at position modulo QUEUE
+    QUEUE x ticket                   state | worker << 8 | key << 16 | replica << 32, at position modulo
+                                     QUEUE; while it waits, urgent << 32 | (home + 1) << 40 for the replica
+
+A ticket may have a *home*: the replica that holds its prompt's beginning. A slot there goes to it before it
+goes to others whose key has as much, unless somebody has waited for very long. A queue that is blind to
+prefixes would scatter all conversations as soon as all slots are taken.
 
 An answer that has begun and lost its engine draws an *urgent* ticket (bit 32 while it waits): it is served
 before all others, it is never refused and never gives way. A replica that a worker finds dead gets no more
@@ -42,6 +47,9 @@ PASSED_OVER = QUEUE // 2  # later tickets that may be served before one: then it
 KEYS = 4096  # two keys whose numbers differ by a multiple of this count as one
 WAITING, GRANTED, GONE, DISPLACED = 1, 2, 3, 4
 URGENT = 1 << 32
+HOME = 40  # bits
+# So many later tickets may have been drawn since the oldest one that waits, for homes to count.
+HOMES_COUNT = 256
 HEAD, TAIL, LIVE, SECONDS, TURN, REPLICAS = range(6)
 # A grant under way: ticket + 1, its pool and replica, and what both counts of leases are to become.
 GRANTING, POOL, REPLICA, LEASES, KEY_LEASES, FIRST_POOL = range(6)
@@ -107,12 +115,13 @@ class SlotTable:
         *,
         urgent: bool = False,
         order: Sequence[int] = (),
+        home: int = -1,
     ) -> Place:
         """A slot if one is free, else a place in the queue. Raises RateLimited if the queue is full.
 
         A full queue makes room for a key that holds less than another, at the cost of its newest ticket; an
         urgent one gets in all the same. `order`: the replicas to take a free slot of, the best first; without
-        it, and if none of them has one, that with the most free slots.
+        it, and if none of them has one, that with the most free slots. `home`: the replica worth waiting for.
         """
         key %= KEYS
         with self:
@@ -130,7 +139,7 @@ class SlotTable:
             if self._cells[base + LIVE] >= max_queue and not urgent:
                 woken = self._displace(pool, key)
             self._cells[self._ticket_cell(pool, tail)] = (
-                WAITING | worker << 8 | key << 16 | (URGENT if urgent else 0)
+                WAITING | worker << 8 | key << 16 | (URGENT if urgent else 0) | home + 1 << HOME
             )
             self._cells[base + TAIL] = tail + 1
             self._cells[base + LIVE] += 1
@@ -292,7 +301,7 @@ class SlotTable:
             replica = self._free_replica(pool)
             if replica < 0:
                 return woken
-            ticket, value = self._next(pool)
+            ticket, value = self._next(pool, replica)
             worker, key = value >> 8 & 0xFF, value >> 16 & 0xFFFF
             first = self._first
             self._cells[first + POOL] = pool
@@ -320,31 +329,41 @@ class SlotTable:
         cells[cell] = GRANTED | value & 0xFFFFFF00 | replica << 32
         cells[first] = 0
 
-    def _next(self, pool: int) -> tuple[int, int]:
-        """(ticket, its cell's value) of who gets the next slot."""
+    def _next(self, pool: int, replica: int) -> tuple[int, int]:
+        """(ticket, its cell's value) of who gets the next slot, which is one of this replica."""
         waiting = self._waiting(pool)
         base = self._base[pool]
         self._cells[base + HEAD] = waiting[0][0]
         if self._cells[base + TAIL] - waiting[0][0] > PASSED_OVER:
             return waiting[0]
-        oldest: dict[int, tuple[int, int]] = {}
+        homes_count = self._cells[base + TAIL] - waiting[0][0] <= HOMES_COUNT
+        # Of each key the oldest ticket, and the oldest whose home this is.
+        best: dict[tuple[int, bool], tuple[int, int]] = {}
         for entry in waiting:
-            if entry[1] & URGENT:
+            value = entry[1]
+            if value & URGENT:
                 return entry
-            oldest.setdefault(entry[1] >> 16, entry)
-        return min(oldest.values(), key=lambda entry: (*self._share(pool, entry[1] >> 16), entry[0]))
+            at_home = homes_count and value >> HOME == replica + 1
+            best.setdefault((value >> 16 & 0xFFFF, at_home), entry)
+
+        def rank(choice: tuple[int, bool]) -> tuple[int, bool, int, int]:
+            key, at_home = choice
+            leases, turn = self._share(pool, key)
+            return leases, not at_home, turn, best[choice][0]
+
+        return best[min(best, key=rank)]
 
     def _displace(self, pool: int, key: int) -> frozenset[int]:
         """Make room for a ticket of `key`; the worker to wake. Raises RateLimited if nobody holds more."""
         waiting = [entry for entry in self._waiting(pool) if not entry[1] & URGENT]
-        holds = Counter(value >> 16 for _, value in waiting)
+        holds = Counter(value >> 16 & 0xFFFF for _, value in waiting)
         for other in {*holds, key}:
             holds[other] += self._leases_of(pool, other)
-        most = max((value >> 16 for _, value in waiting), key=holds.__getitem__, default=key)
+        most = max((value >> 16 & 0xFFFF for _, value in waiting), key=holds.__getitem__, default=key)
         # Not if the two would only change places.
         if holds[key] + 1 >= holds[most]:
             raise self._full(pool)
-        ticket, value = next(entry for entry in reversed(waiting) if entry[1] >> 16 == most)
+        ticket, value = next(entry for entry in reversed(waiting) if entry[1] >> 16 & 0xFFFF == most)
         self._cells[self._ticket_cell(pool, ticket)] = DISPLACED
         self._cells[self._base[pool] + LIVE] -= 1
         return frozenset((value >> 8 & 0xFF,))
@@ -411,15 +430,15 @@ class Leases:
         loop.add_reader(self._my_fd, self._on_wake)
 
     async def acquire(
-        self, pool: int, key: int = 0, *, urgent: bool = False, order: Sequence[int] = ()
+        self, pool: int, key: int = 0, *, urgent: bool = False, order: Sequence[int] = (), home: int = -1
     ) -> Lease:
-        """Wait for a slot for the key with this number; `urgent` and `order` as in `SlotTable.acquire`.
+        """Wait for a slot for the key with this number; the rest as in `SlotTable.acquire`.
 
         Raises RateLimited if the queue is full, or if the place in it must go to a key that holds less;
         EngineTimeout after too long in it.
         """
         replica, ticket, woken = self._table.acquire(
-            pool, self._worker, self._max_queue, key, urgent=urgent, order=order
+            pool, self._worker, self._max_queue, key, urgent=urgent, order=order, home=home
         )
         wake(self._wake_fds, woken)
         if ticket >= 0:
