@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from contextlib import aclosing
+from functools import partial
+from operator import methodcaller
 from typing import Any, Protocol
 
 import msgspec
@@ -222,17 +224,22 @@ class Api:
         self, account: Account, pool: ModelPool, request: wire.CompletionRequest, out: EventStream
     ) -> None:
         self._chat.check_choices(len(request.prompts) * request.choices)
-        info, engine = await pool.info(), await pool.engine()
+        info = await pool.info()
         if request.suffix is not None:
-            prompts = await infill_ids(engine, info, request)
+            prompts = await pool.ask(lambda engine: infill_ids(engine, info, request))
         else:
             prompts = [
-                prompt if isinstance(prompt, list) else await token_ids(engine, info, prompt, special=False)
+                prompt
+                if isinstance(prompt, list)
+                else await pool.ask(partial(token_ids, info=info, text=prompt, special=False))
                 for prompt in request.prompts
             ]
         echo = None
         if request.echo:
-            echo = [p if isinstance(p, str) else await engine.detokenize(p) for p in request.prompts]
+            echo = [
+                prompt if isinstance(prompt, str) else await pool.ask(methodcaller("detokenize", prompt))
+                for prompt in request.prompts
+            ]
         events = self._chat.complete(pool, request, prompts, account)
         identity = identity_of(account.id, "cmpl", pool)
         if request.stream:
