@@ -73,7 +73,7 @@ class Chaos:
             if time.monotonic() + fault.after > until:
                 break
             await asyncio.sleep(fault.after)
-            print(f"{time.strftime('%H:%M:%S')} {fault.what} {fault.replica} {fault.order}", flush=True)
+            print(time.strftime("%H:%M:%S"), told(fault), flush=True)
             self.done[fault.what] += 1
             await asyncio.to_thread(self._do, fault)
             task = asyncio.create_task(self._heal(fault))
@@ -127,6 +127,16 @@ class Chaos:
             if engine["state"] == "failed":  # given up after many deaths: an operator's turn
                 self.done["given up"] += 1
                 setting.restart((engine["model"], engine["replica"]))
+
+
+def told(fault: Fault) -> str:
+    """What is done, and to whom."""
+    if fault.what in ("relay", "order all"):
+        return f"{fault.what} {fault.order}"
+    if fault.what in ("worker", "freeze"):
+        return f"{fault.what} {fault.worker}"
+    order = fault.order if fault.what == "order" else ""
+    return f"{fault.what} {fault.replica[0]} {fault.replica[1]} {order}".rstrip()
 
 
 def send(pid: int, number: signal.Signals) -> None:
