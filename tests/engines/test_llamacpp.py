@@ -153,6 +153,20 @@ async def test_no_id_comes_before_its_text(engine: LlamaCpp) -> None:
 
 
 @pytest.mark.embedded
+@pytest.mark.parametrize("top", [None, 0])
+async def test_the_limit_loses_no_text(engine: LlamaCpp, top: int | None) -> None:
+    """Not even text that may be the beginning of a stop string, when no more can follow."""
+    prompt = await engine.tokenize("The capital of France is the city of", special=False)
+    plain = await run(engine, Job(prompt, 4, GREEDY, top_logprobs=top))
+    stop = plain[3].text + "?!"
+    pieces = await run(engine, Job(prompt, 4, GREEDY, stop=(stop,), top_logprobs=top))
+    assert (text(pieces), ids(pieces)) == (text(plain), ids(plain))
+    assert pieces[-1].finish == "length"
+    if top is not None:
+        assert sum(len(piece.logprobs or ()) for piece in pieces) == 4
+
+
+@pytest.mark.embedded
 async def test_same_seed_same_answer(engine: LlamaCpp) -> None:
     prompt = await chat(engine, "Tell me a story.")
     first, second, other = [

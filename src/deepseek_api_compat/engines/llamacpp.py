@@ -144,6 +144,9 @@ class LlamaCpp:
                     made = event.tokens_predicted
                     if hidden > 0 and event.content:
                         event.tokens = await self._spell(event.content, hidden + len(event.tokens))
+                    if event.stop_type == "limit" and event.tokens and not event.content:
+                        # It still held this back when it came to the limit, and never sends it.
+                        event.content = await self.detokenize(event.tokens)
                     pieces.append(wire.piece(event, top))
                     if event.stop:
                         yield pieces

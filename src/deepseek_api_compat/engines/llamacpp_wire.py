@@ -191,7 +191,7 @@ class Held:
         if not event.content and not event.stop:
             return True
         event.tokens, self._tokens = self._tokens, []
-        if event.content:
+        if event.stop_type != "word":  # else they are those of the stop string
             event.completion_probabilities = self._probabilities
         self._probabilities = []
         return False
