@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deepseek_api_compat.engines.base import Endpoint
-from deepseek_api_compat.engines.llamacpp import LlamaCpp, ready, with_files
+from deepseek_api_compat.engines.llamacpp import LlamaCpp, with_files
+from deepseek_api_compat.engines.readiness import ready
 from deepseek_api_compat.errors import EngineFailed
 from deepseek_api_compat.protocol.deepseek import render
 from deepseek_api_compat.protocol.deepseek.segments import BOS, EOS, THINK, THINK_END, USER
