@@ -108,7 +108,11 @@ def answer(seed: int, order: str = "") -> tuple[list[int], language.Told, int]:
     made = Answer({"prompt": prompt, "n_predict": most, "stop": stops})
     *_, last = found = list(made.events(lambda: order))
     finish = "length" if last["stop_type"] == "limit" else "stop"
-    return prompt, language.Told("".join(one["content"] for one in found), finish, stops, most), len(made.ids)
+    return (
+        prompt,
+        language.Told("".join(one["content"] for one in found) + made.held, finish, stops, most),
+        len(made.ids),
+    )
 
 
 @pytest.mark.parametrize("order", ["", "wrong"])

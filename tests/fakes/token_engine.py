@@ -135,7 +135,10 @@ class Engine:
 
 
 class Answer:
-    """One answer, as llama.cpp makes it: half characters and possible stop strings are held back."""
+    """One answer, as llama.cpp makes it: half characters and possible stop strings are held back.
+
+    held: text that it still held when it came to the limit; like llama.cpp, it never sends it.
+    """
 
     def __init__(self, body: dict[str, Any]) -> None:
         self._prompt: list[int] = body["prompt"]
@@ -143,12 +146,12 @@ class Answer:
         self._stops: list[str] = list(body.get("stop") or ())
         self._logprobs = bool(body.get("n_probs"))
         self.ids: list[int] = []
+        self.held = ""
 
     def events(self, order: Callable[[], str]) -> Iterator[dict[str, Any]]:
         """Events, the last one with `stop`; while `order()` is "wrong", some tokens are lies."""
         sequel = language.Sequel(self._prompt)
         unsent: list[int] = []  # since the last text that was sent
-        sent = ""
         while len(self.ids) < self._most:
             id = sequel.next()
             if order() == "wrong" and id >= 260 and random.random() < 0.2:
@@ -170,9 +173,9 @@ class Answer:
                 yield self._event("", id)
                 continue
             yield self._event(text, id)
-            sent, unsent = sent + text, []
-        rest = language.decode(unsent).rstrip("�")
-        yield self._last("limit", rest, [])
+            unsent = []
+        self.held = language.decode(unsent).rstrip("�")
+        yield self._last("limit", "", [])
 
     def _event(self, text: str, id: int) -> dict[str, Any]:
         event: dict[str, Any] = {
