@@ -56,13 +56,14 @@ class Setting:
         self.admin = self.service.key
 
     def close(self) -> None:
-        if hasattr(self, "service") and self.service.process.poll() is None:
-            self.resume()
-            self.service.kill()
-        if self._attached is not None:
-            self._attached.kill()
-            self._attached.wait()
-        self.upstream.close()
+        try:
+            if hasattr(self, "service") and self.service.process.poll() is None:
+                self.service.kill()
+        finally:
+            if self._attached is not None:
+                self._attached.kill()
+                self._attached.wait()
+            self.upstream.close()
 
     def start_attached(self) -> None:
         """The engine that is not the service's own; again on its port if it has died."""
