@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from random import Random
 
 from chaos.asks import Asker
-from chaos.exchange import Connection, Exchange
+from chaos.exchange import PATIENCE, Connection, Exchange
 from chaos.fates import Fate, judge
 
 KILL_WINDOW = 3.0  # seconds after a worker's death in which connections of its clients may break
@@ -66,4 +66,9 @@ class Load:
         self.fates.append((found, fate))
 
     def _excused(self, found: Exchange) -> bool:
-        return any(death - 0.5 <= found.ended <= death + KILL_WINDOW for death in self._deaths)
+        # One who reads slowly comes to the end of what was sent before the death when he does.
+        window = PATIENCE if found.ask.slow else KILL_WINDOW
+        return any(
+            found.began <= death + 0.5 and death - 0.5 <= found.ended <= death + window
+            for death in self._deaths
+        )

@@ -90,10 +90,15 @@ def test_anything_else_is_wrong(wrong: Exchange) -> None:
 
 
 def test_connections_break_when_a_worker_dies_and_only_then() -> None:
-    for ended, kind in ((100.5, "broken"), (90.0, "wrong"), (110.0, "wrong")):
+    for began, ended, slow, kind in (
+        (99.0, 100.5, False, "broken"),
+        (80.0, 90.0, False, "wrong"),
+        (99.0, 110.0, False, "wrong"),
+        (99.0, 110.0, True, "broken"),
+        (101.0, 102.0, True, "wrong"),
+    ):
         load = Load(0, {}, 1, [100.0])
-        found = exchange(b"", end="broken", status=0)
-        found.ended = ended
+        found = Exchange(Ask(RELAY, slow=slow), began, ended, "broken")
         load._note(found)
         assert [fate.kind for _, fate in load.fates] == [kind]
 
