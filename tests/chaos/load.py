@@ -68,7 +68,5 @@ class Load:
     def _excused(self, found: Exchange) -> bool:
         # One who reads slowly comes to the end of what was sent before the death when he does.
         window = PATIENCE if found.ask.slow else KILL_WINDOW
-        return any(
-            found.began <= death + 0.5 and death - 0.5 <= found.ended <= death + window
-            for death in self._deaths
-        )
+        deaths = [death for death in self._deaths if found.began <= death + 0.5]
+        return any(death - 0.5 <= found.ended <= death + window for death in deaths)
