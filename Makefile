@@ -7,7 +7,7 @@ PORT ?= 8000
 SERVE_ARGS ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: help install serve test check dist smoke-wheel test-oldest bench bench-smoke ledger-chaos chaos chaos-smoke clean
+.PHONY: help install serve test lint check dist smoke-wheel test-oldest bench bench-smoke ledger-chaos chaos chaos-smoke clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,11 +30,13 @@ serve: $(STAMP)  ## fetch the default model if needed and serve it on PORT (8000
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest
 
-check: $(STAMP)  ## lint, types, layers, and the tests that start no service
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint  ## lint, types, layers, and the tests that start no service
 	$(BIN)/python -m pytest --ignore tests/service --ignore tests/seeds
 
 dist: $(STAMP)  ## sdist and wheel into dist/
