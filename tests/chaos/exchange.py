@@ -42,7 +42,12 @@ class Connection:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self.usable = True
+        self._kept = True
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is good for another exchange: neither side has closed it."""
+        return self._kept and not self._reader.at_eof()
 
     @classmethod
     async def open(cls, port: int, *, slow: bool = False) -> Connection:
@@ -57,14 +62,14 @@ class Connection:
     async def exchange(self, ask: Ask, key: str) -> Exchange:
         """Send it and read the answer, with the manners of the ask."""
         found = Exchange(ask, time.monotonic())
-        self.usable = False
+        self._kept = False
         try:
             task = asyncio.ensure_future(self._exchange(found, key))
             patience = ask.leave if ask.leave is not None else PATIENCE
             done, _ = await asyncio.wait([task], timeout=patience)
             if done:
                 await task
-                self.usable = found.headers.get("connection") != "close"
+                self._kept = found.headers.get("connection") != "close"
             else:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -72,7 +77,7 @@ class Connection:
         except (ConnectionError, asyncio.IncompleteReadError):
             found.end = "broken"
         found.ended = time.monotonic()
-        if not self.usable:
+        if not self._kept:
             self.close()
         return found
 

@@ -38,24 +38,13 @@ class Load:
             if connection is not None and (not ask.reuse or ask.slow or not connection.usable):
                 connection.close()
                 connection = None
-            reused = connection is not None
-            found = None
-            for _ in range(2):
-                if connection is None:
-                    connection = await self._connected(slow=ask.slow)
-                found = await connection.exchange(ask, self._keys[ask.key])
-                # The server may close an idle connection just as it is used again; every client retries then.
-                if not (reused and found.end == "broken" and not found.status):
-                    break
-                connection, reused = None, False
-            assert found is not None
+            if connection is None:
+                connection = await Connection.open(self._port, slow=ask.slow)
+            found = await connection.exchange(ask, self._keys[ask.key])
             self._note(found)
             await asyncio.sleep(dice.uniform(0, pause))
         if connection is not None:
             connection.close()
-
-    async def _connected(self, *, slow: bool) -> Connection:
-        return await Connection.open(self._port, slow=slow)
 
     def _note(self, found: Exchange) -> None:
         fate = judge(found)
