@@ -20,6 +20,7 @@ COMMANDS = {
     "keys": "make, list and delete API keys",
     "ledger": "sum up, export and check requests",
     "models": "list, fetch and remove models",
+    "plan": "see what a model needs, and how to launch it",
     "engines": "show the engines of the running service",
     "chat": "talk to a running service",
     "render": "turn requests into DeepSeek prompts (JSON lines)",

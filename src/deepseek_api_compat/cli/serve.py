@@ -10,7 +10,7 @@ import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import urlsplit
 
 from deepseek_api_compat import __version__
@@ -49,6 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser, *, host: str | None) -> None:
         metavar="PATH",
         help="start llama.cpp by this llama-server program, not by the embedded one",
     )
+    add("--plan", metavar="FILE", type=Path, help="launch what 'deepseek-api plan --json' has written")
+    add(
+        "--node-rank",
+        type=int,
+        metavar="N",
+        default=0,
+        help="with --plan: which of its nodes this is; beyond 0 only the engine's own worker runs here",
+    )
     add("--host", default=host, help="address to listen on; 0.0.0.0 opens the service to the network")
     add("--port", type=int, help="port to listen on (default 8000)")
     add("--workers", type=int, metavar="N", help="gateway processes (default 1)")
@@ -73,11 +81,14 @@ def run(args: argparse.Namespace) -> int:
     from deepseek_api_compat.security.admin import open_admin
     from deepseek_api_compat.store.datadir import make_data_dir
 
+    if args.node_rank:
+        become_worker(args.plan, args.node_rank)
     names = ("host", "port", "workers", "data_dir", "public_url", "tls_cert", "tls_key", "tls_dev")
     settings = config.load(args.config, flags={"server": {name: getattr(args, name) for name in names}})
     config.check_files(settings)
     check_formats(settings)
     check_network(settings)
+    settings = with_plan(settings, args)
     allow_many_connections()
     # The port first: a model may take minutes to fetch, and a taken port should be said at once.
     listeners = bind(settings.server.host, settings.server.port, settings.server.workers)
@@ -104,6 +115,37 @@ def run(args: argparse.Namespace) -> int:
             listener.close()
         os.close(lock)
     return 0
+
+
+def become_worker(file: Path | None, rank: int) -> NoReturn:
+    """Replace this process by the engine's worker of that node. Raises ConfigError, SetupError."""
+    from deepseek_api_compat.errors import ConfigError
+    from deepseek_api_compat.models.launch import node_command, read_launch
+
+    if file is None:
+        raise ConfigError("--node-rank needs a --plan.")
+    argv = node_command(read_launch(file), rank)
+    print(f"Node {rank} of the plan runs: {shlex.join(argv)}", flush=True)
+    try:
+        os.execvp(argv[0], argv)  # noqa: S606 - the engine's own command, as the plan shows it
+    except OSError as error:
+        raise SetupError(f"Can't run {argv[0]}: {error.strerror}.") from None
+
+
+def with_plan(settings: Settings, args: argparse.Namespace) -> Settings:
+    """Settings with the models of `--plan`, if it is given. Raises ConfigError."""
+    import msgspec
+
+    from deepseek_api_compat.errors import ConfigError
+    from deepseek_api_compat.models.launch import node_command, read_launch
+
+    if args.plan is None:
+        return settings
+    if settings.models or args.model_path is not None or args.engine:
+        raise ConfigError("Give either --plan, --engine, --model-path or [[models]] in the configuration.")
+    found = read_launch(args.plan)
+    node_command(found, 0)
+    return msgspec.structs.replace(settings, models=found.models)
 
 
 def allow_many_connections() -> None:
