@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 
+import msgspec
 import pytest
 
 from deepseek_api_compat.config import EngineSettings, ModelSettings
@@ -236,3 +237,37 @@ def test_a_question_that_is_wrong_or_kills_is_not_asked_for_ever(new_pool):
     with pytest.raises(Lost):
         asyncio.run(pool.ask(lambda engine: question(LOST)))
     assert len(pool.doubts) == 3
+
+
+def test_a_job_is_not_tried_where_it_has_failed(new_pool):
+    pool = new_pool()
+    first = list(range(1000, 1300))
+    run(pool, Job(first, max_tokens=50))
+    home = next(engine for engine in pool.made if engine.jobs)
+    home._deaths = [(0, EngineFailed("no"))] * 9
+    assert ids_of(run(pool, Job(first, max_tokens=50))) == ANSWER
+    assert len(home.jobs) == 2
+
+
+def test_one_that_answers_questions_and_gives_no_tokens_is_asked_for_one(new_pool):
+    pool = new_pool()
+    for engine in pool.made:
+        engine._deaths = [(0, EngineFailed("no"))] * 9
+    for _ in range(9):
+        with pytest.raises(EngineFailed):
+            run(pool)
+    assert {hung for _, hung in pool.doubts} == {True}
+    assert {replica for replica, _ in pool.doubts} == {0, 1, 2}
+
+
+def test_a_drained_replica_keeps_what_can_t_go_on_elsewhere(new_pool):
+    class Client:
+        """An engine's client, closed or not."""
+
+    pool = new_pool()
+    pool._engines = {replica: Client() for replica in range(REPLICAS)}  # type: ignore[dict-item, misc]
+    pool._bound[1] = 1
+    states = [msgspec.structs.replace(state, state="drained") for state in pool.states]
+    dropped = pool.update([states[0], states[1], pool.states[2]])
+    assert len(dropped) == 1
+    assert sorted(pool._engines) == [1, 2]

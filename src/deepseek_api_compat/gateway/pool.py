@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 from typing import TypeVar
@@ -27,6 +27,8 @@ CHAT_KINDS = frozenset({"openai"})
 # A job that has met so many failures without a token in between may be their cause: before its first token,
 # and after it, when somebody is reading already.
 MOST_FAILURES, MOST_FAILURES_BEGUN = 2, 3
+# A replica that has failed so many jobs and completed none is asked for a token.
+BARREN = 5
 Doubt = Callable[[int, int, bool], None]
 
 
@@ -64,6 +66,8 @@ class ModelPool:
         self._balance = Balance(settings) if several and self.kind == "token" else None
         self._waiters: set[asyncio.Future[None]] = set()
         self._breakers: defaultdict[int, Breaker] = defaultdict(Breaker)  # of chat upstreams
+        self._failed: Counter[int] = Counter()  # jobs since one was completed, by replica
+        self._bound: Counter[int] = Counter()  # answers under a grammar, by replica
         self._turn = 0
 
     def update(self, states: list[EngineState]) -> list[TokenEngine | Upstream]:
@@ -74,8 +78,8 @@ class ModelPool:
         move = self.ready
         for replica, state in old.items():
             now = self._states.get(replica)
-            drained = move and now is not None and now.state == "drained"
-            # The answers of a client that is closed go on elsewhere.
+            # The answers of a client that is closed go on elsewhere, but not those under a grammar.
+            drained = move and now is not None and now.state == "drained" and not self._bound[replica]
             if now is None or drained or (now.endpoint, now.info) != (state.endpoint, state.info):
                 if (engine := self._engines.pop(replica, None)) is not None:
                     dropped.append(engine)
@@ -220,9 +224,12 @@ class ModelPool:
         """
         answer = Continuation(job)
         failures = 0
+        failed: set[int] = set()
         while (last := answer.ended()) is None:
             rest, begun = answer.rest(), len(answer.ids)
-            lease, visit = await self._place(rest, key, urgent=answer.begun)
+            lease, visit = await self._place(rest, key, failed, urgent=answer.begun)
+            if job.grammar is not None:
+                self._bound[lease.replica] += 1
             try:
                 if on_lease is not None:
                     await on_lease(lease.replica)
@@ -231,41 +238,56 @@ class ModelPool:
                         if visit is not None and len(answer.ids) == begun:
                             visit.begun()
                         yield answer.take(group)
+                self._failed.pop(lease.replica, None)
                 if visit is not None:
                     visit.ended(job.prompt_ids + answer.ids, job.cache_salt, answer.cached)
                 return
             except (EngineUnavailable, EngineFailed, EngineTimeout) as error:
                 self._doubt(lease, error)
+                failed.add(lease.replica)
                 failures = failures + 1 if len(answer.ids) == begun else 1
                 most = MOST_FAILURES_BEGUN if answer.begun else MOST_FAILURES
                 if failures >= most or not answer.can_continue:
                     raise
             finally:
+                if job.grammar is not None:
+                    self._bound[lease.replica] -= 1
                 if visit is not None:
                     visit.close()
                 lease.release()
         yield [last]
 
-    async def _place(self, job: Job, key: int, *, urgent: bool) -> tuple[Lease, Visit | None]:
-        """A slot for the job, of the best replica that has one; the visit if there are several replicas."""
+    async def _place(
+        self, job: Job, key: int, failed: Collection[int], *, urgent: bool
+    ) -> tuple[Lease, Visit | None]:
+        """A slot for the job, of the best replica that has one; the visit if there are several replicas.
+
+        Of those where the job has `failed` only if no other has one.
+        """
         if self._balance is None:
             return await self.lease(key, urgent=urgent), None
         prompt = self._balance.prompt(job.prompt_ids, job.cache_salt)
         order, home = self._balance.order(prompt, self._leases.load(self.index))
+        if failed:
+            order, home = sorted(order, key=failed.__contains__), -1
         lease = await self.lease(key, urgent=urgent, order=order, home=home)
         return lease, self._balance.send(lease.replica, prompt)
 
     def _doubt(self, lease: Lease, error: ApiError) -> None:
         """What failed like this gets no more work until the supervisor has looked at it."""
-        if isinstance(error, EngineFailed) and not isinstance(error, Lost):
+        replica = lease.replica
+        self._failed[replica] += 1
+        # It may answer questions and still give no tokens: then only a token proves anything.
+        barren = self._failed[replica] >= BARREN
+        if isinstance(error, EngineFailed) and not isinstance(error, Lost) and not barren:
             return  # it has answered, if only that it failed: perhaps it was the request
         if self._leases.suspend(lease):
-            self._suspect(lease.replica, error)
+            self._suspect(replica, barren or isinstance(error, (EngineTimeout, Hung)))
 
-    def _suspect(self, replica: int, error: ApiError) -> None:
+    def _suspect(self, replica: int, hung: bool) -> None:
         # Until the supervisor's next word, which comes in any case.
         self._states[replica] = msgspec.structs.replace(self._states[replica], state="doubtful")
-        self._on_doubt(self.index, replica, isinstance(error, (EngineTimeout, Hung)))
+        self._on_doubt(self.index, replica, hung)
 
     def usage(self) -> tuple[int, int, int]:
         return self._leases.usage(self.index)
