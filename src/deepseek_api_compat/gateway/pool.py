@@ -133,7 +133,7 @@ class ModelPool:
             except (EngineUnavailable, EngineTimeout, Lost) as error:
                 failures += 1
                 if self._states[replica].state == "ready":
-                    self._suspect(replica, error)
+                    self._suspect(replica, isinstance(error, (EngineTimeout, Hung)))
                 if failures >= MOST_FAILURES_BEGUN:
                     raise
 
