@@ -41,6 +41,11 @@ def ready(service: Service) -> int:
     return call(service.port, request("GET", "/ready")).status
 
 
+def engine_lives(service: Service) -> list[tuple[str, int]]:
+    """State and process of each engine: the same as long as nothing has happened to any."""
+    return [(engine["state"], engine["pid"]) for engine in service.engines()]
+
+
 def engine_slots(service: Service) -> list[dict[str, Any]]:
     """What the embedded engine itself says of its slots."""
     [socket] = (service.data_dir / "run" / "engines").glob("*.sock")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fakes.chat_upstream import ChatUpstream
 from fakes.configs import CONTEXT, chat
-from fakes.observe import memory
+from fakes.observe import engine_lives, memory
 from fakes.service import Service
 from fakes.wire import Answer, Wire, call, request, text_of
 
@@ -144,7 +144,7 @@ def test_a_prompt_far_longer_than_the_context_costs_nothing(service: Service, bo
     assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
     assert f"{CONTEXT} tokens" in answer.error["message"]
     assert "at least 122880 tokens" in answer.error["message"] or "messages" in body
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("count", ["minItems", "maxItems", "minLength", "maxLength"])
@@ -152,10 +152,10 @@ def test_a_schema_that_would_take_all_memory(service: Service, count: str):
     kind = {"type": "array", "items": {"type": "string"}} if "Items" in count else {"type": "string"}
     schema = {"type": "object", "properties": {"x": {**kind, count: 100_000_000}}, "required": ["x"]}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    [before] = service.engines()
+    before = engine_lives(service)
     answer = post(service, chat("tiny", response_format=form, max_tokens=4))
     assert (answer.status, answer.error["param"].rpartition(".")[2]) == (400, count)
-    assert service.engines() == [before]
+    assert engine_lives(service) == before
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/completions", "/v1/embeddings"])

@@ -13,6 +13,7 @@ import pytest
 from deepseek_api_compat import control
 from deepseek_api_compat.errors import SetupError
 from fakes.configs import ENGINE, IMPATIENT, chat
+from fakes.observe import engine_lives
 from fakes.service import Service
 from fakes.tiny_gguf import write_gguf
 from fakes.wire import Wire, call, request, sse, text_of
@@ -99,7 +100,7 @@ def test_what_can_t_be_served_changes_nothing(pair: Service, tmp_path: Path):
     )
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(model_file(pair).read_bytes()[:-1000])
-    before = pair.engines()
+    before = engine_lives(pair)
     for path, why in (
         (other_tokens, "tokens"),
         (broken, "cut short"),
@@ -107,7 +108,7 @@ def test_what_can_t_be_served_changes_nothing(pair: Service, tmp_path: Path):
     ):
         with pytest.raises(SetupError, match=why):
             control.call(pair.data_dir, "engines.restart", model="tiny", path=str(path))
-    assert pair.engines() == before
+    assert engine_lives(pair) == before
 
 
 def test_wrong_names(pair: Service):
