@@ -12,7 +12,7 @@ import msgspec
 
 from deepseek_api_compat.config import EngineSettings, ModelSettings
 from deepseek_api_compat.errors import ConfigError
-from deepseek_api_compat.models.plan import UTILISATION, Plan, Use
+from deepseek_api_compat.models.plan import BATCHED_TOKENS, UTILISATION, Plan, Use
 
 HEAD = "HEAD_ADDRESS"  # stands for the first node's address until it is given
 MASTER_PORT = 29501
@@ -135,6 +135,7 @@ def _vllm(plan: Plan) -> list[str]:
     if layout.tensor * layout.data > 1 and any(use.name == "routed experts" for use in plan.uses):
         words.append("--enable-expert-parallel")
     words += ["--gpu-memory-utilization", str(UTILISATION)]
+    words += ["--max-num-batched-tokens", str(BATCHED_TOKENS)]
     # It counts for each data parallel rank.
     words += ["--max-num-seqs", str(-(-plan.concurrency // layout.data))]
     if plan.fp8_cache:
@@ -167,6 +168,7 @@ def _sglang(plan: Plan) -> list[str]:
     if layout.attention_data:
         words += ["--enable-dp-attention", "--dp-size", str(layout.data)]
     words += ["--mem-fraction-static", f"{static_fraction(plan):.2f}"]
+    words += ["--chunked-prefill-size", str(BATCHED_TOKENS)]
     if plan.fp8_cache:
         words += ["--kv-cache-dtype", "fp8_e4m3"]
     if plan.convert:

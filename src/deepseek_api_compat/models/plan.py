@@ -19,10 +19,10 @@ EngineKind = Literal["vllm", "sglang", "llamacpp"]
 Quantisation = Literal["fp8", "bf16", "int8", "int4", "q8_0", "q4_k_m"]
 
 GIB = 1024**3
-UTILISATION = 0.9  # of a GPU's memory; the default of vLLM's --gpu-memory-utilization
+UTILISATION = 0.9  # of a GPU's memory; the engines are told
 # What a process holds besides weights and activations: CUDA context, NCCL's buffers, graphs. An assumption.
 PROCESS_BYTES = 3 * GIB
-BATCHED_TOKENS = 8192  # that are computed at once; vLLM's default for servers on GPUs of 70 GiB and more
+BATCHED_TOKENS = 8192  # computed at once; the engines are told, since their defaults differ from GPU to GPU
 HOST_BYTES = 8 * GIB  # of RAM left to the system, to llama.cpp's compute buffers and to this service
 TYPICAL_TOKENS = 4096  # of a request, where the question doesn't say: for the number of slots
 LEAST_TOKENS = 4096  # of context; a plan with less is no use
