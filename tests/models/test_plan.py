@@ -80,6 +80,7 @@ def test_the_refusal_has_the_numbers_and_a_way_out() -> None:
     assert "2 nodes of 8 x H100 80 GB" in said
     assert "INT4 weights on these GPUs (--quant int4)" in said
     assert "8 x H200 141 GB (FP8)" in said
+    assert "(--ram 512)" in said
 
 
 def test_bytes_of_8_h200_with_tensor_parallelism() -> None:
@@ -243,13 +244,14 @@ def test_experts_in_ram_and_the_rest_in_one_gpu() -> None:
         ({"engine": "llamacpp", "fp8_cache": True}, "no FP8"),
         ({"engine": "vllm", "quant": "q4_k_m"}, "does not take q4_k_m"),
         ({"engine": "vllm", "gpu": None}, "needs GPUs"),
+        ({"gpu": None, "ram": 0}, "--ram GB"),
         ({"count": 6}, "128 attention heads can't be split evenly among 6 GPUs"),
         ({"nodes": 64}, "61 layers make no 64 pipeline stages"),
     ],
 )
 def test_what_makes_no_sense_is_refused(more: dict[str, Any], message: str) -> None:
     with pytest.raises(DoesNotFit, match=message):
-        ask(**{"gpu": "h200", **more} if "gpu" not in more else {**more, "ram": 512 * GB})
+        ask(**{"gpu": "h200", **more} if "gpu" not in more else {"ram": 512 * GB, **more})
 
 
 def test_gpus_are_found_by_name() -> None:

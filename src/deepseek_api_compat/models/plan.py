@@ -13,7 +13,7 @@ import msgspec
 
 from deepseek_api_compat.errors import ModelError
 from deepseek_api_compat.models.architecture import Architecture, Known, Part
-from deepseek_api_compat.models.gpus import GPUS, Gpu
+from deepseek_api_compat.models.gpus import GB, GPUS, Gpu
 
 EngineKind = Literal["vllm", "sglang", "llamacpp"]
 Quantisation = Literal["fp8", "bf16", "int8", "int4", "q8_0", "q4_k_m"]
@@ -375,6 +375,8 @@ def _on_llamacpp(question: Question, quant: Quantisation) -> Room:
     architecture, gpu = question.model.architecture, question.gpu
     if question.nodes > 1:
         raise DoesNotFit("A plan with llama.cpp is for one node.")
+    if gpu is None and not question.ram:
+        raise DoesNotFit("How much memory there is must be said: --ram GB.")
     if question.fp8_cache:
         raise DoesNotFit("llama.cpp's cache has no FP8: leave --kv-dtype out.")
     sizes: dict[str, int] = {}
@@ -484,6 +486,9 @@ def _instead(question: Question) -> list[str]:
         if question.quant != quant and _possible(other):
             found.append(f"{quant.upper()} weights on these GPUs (--quant {quant})")
             break
+    mixed = msgspec.structs.replace(question, ram=512 * GB, nodes=1)
+    if not question.ram and not question.quant and _possible(mixed):
+        found.append("Q4_K_M on llama.cpp, with the experts in 512 GB of RAM (--ram 512)")
     for gpu in GPUS:
         other = msgspec.structs.replace(question, gpu=gpu, count=8, nodes=1)
         if gpu.memory >= question.gpu.memory and other != question and (plan := _possible(other)):
