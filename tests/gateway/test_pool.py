@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 import pytest
@@ -22,7 +23,7 @@ from deepseek_api_compat.errors import (
 )
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.shared import SharedMemory
-from deepseek_api_compat.gateway.slots import Leases, SlotTable
+from deepseek_api_compat.gateway.slots import Leases, SlotTable, wake
 from deepseek_api_compat.protocol.grammar import text
 from deepseek_api_compat.protocol.job import Job, Piece
 
@@ -53,7 +54,9 @@ class Engine:
 class Pool(ModelPool):
     """A pool of such engines, all of which take their deaths from one list; and its supervisor."""
 
-    def __init__(self, table: SlotTable, leases: Leases, deaths: list[tuple[int, ApiError]]) -> None:
+    def __init__(
+        self, table: SlotTable, leases: Leases, deaths: list[tuple[int, ApiError]], wake_fd: int
+    ) -> None:
         settings = ModelSettings(
             name="m",
             ready_timeout=0.5,
@@ -63,11 +66,19 @@ class Pool(ModelPool):
         self.doubts: list[tuple[int, bool]] = []
         self.made = [Engine(deaths) for _ in range(REPLICAS)]
         self.table = table
+        self.leases = leases
+        self._wake_fd = wake_fd
         self.come_back = True
         self.say()
 
     def _engine(self, replica: int) -> Engine:  # type: ignore[override]
         return self.made[replica]
+
+    async def stream(self, *args: Any) -> AsyncGenerator[list[Piece], None]:
+        self.leases.start(asyncio.get_running_loop())
+        async with aclosing(super().stream(*args)) as groups:
+            async for group in groups:
+                yield group
 
     def doubted(self, pool: int, replica: int, hung: bool) -> None:
         self.doubts.append((replica, hung))
@@ -76,7 +87,7 @@ class Pool(ModelPool):
 
     def say(self) -> None:
         for replica in range(REPLICAS):
-            self.table.set_capacity(0, replica, 1)
+            wake([self._wake_fd], self.table.set_capacity(0, replica, 1))
         info = ModelInfo(context=1000, slots=1)
         self.update(
             [EngineState("m", r, "llamacpp", "ready", Endpoint(), info=info) for r in range(REPLICAS)]
@@ -90,7 +101,7 @@ def new_pool() -> Iterator[Callable[..., Pool]]:
 
     def make(*deaths: tuple[int, ApiError]) -> Pool:
         table = SlotTable(memory, 0, [REPLICAS], 1)
-        return Pool(table, Leases(table, 0, [write], read, max_queue=4), list(deaths))
+        return Pool(table, Leases(table, 0, [write], read, max_queue=4), list(deaths), write)
 
     yield make
     os.close(read)
@@ -129,7 +140,7 @@ def test_death_after_death(new_pool):
 
 
 def test_who_kills_every_engine_is_stopped(new_pool):
-    for deaths, tokens, tried in (([(0, LOST)] * 9, 0, 2), ([(5, LOST)] + [(0, LOST)] * 9, 5, 3)):
+    for deaths, tokens, tried in (([(0, LOST)] * 9, 0, 3), ([(5, LOST)] + [(0, LOST)] * 9, 5, 3)):
         pool = new_pool(*deaths)
         seen: list[int] = []
 
@@ -256,6 +267,7 @@ def test_one_that_answers_questions_and_gives_no_tokens_is_asked_for_one(new_poo
     for _ in range(9):
         with pytest.raises(EngineFailed):
             run(pool)
+        pool.say()  # what the loop that has ended would have done
     assert {hung for _, hung in pool.doubts} == {True}
     assert {replica for replica, _ in pool.doubts} == {0, 1, 2}
 
@@ -271,3 +283,51 @@ def test_a_drained_replica_keeps_what_can_t_go_on_elsewhere(new_pool):
     dropped = pool.update([states[0], states[1], pool.states[2]])
     assert len(dropped) == 1
     assert sorted(pool._engines) == [1, 2]
+
+
+def test_an_answer_that_lost_its_engine_waits_in_front_of_the_queue(new_pool):
+    pool = new_pool((3, LOST), (3, LOST), (3, LOST))
+    pool.come_back = False
+    order: list[str] = []
+
+    async def one(name: str) -> None:
+        async with aclosing(pool.stream(Job([1, 2], max_tokens=50))) as stream:
+            async for _ in stream:
+                order.append(name)
+
+    async def all_of() -> None:
+        begun = [asyncio.create_task(one(f"begun {n}")) for n in range(REPLICAS)]
+        await asyncio.sleep(0.01)
+        assert [name for name in order if name == "begun 2"] == ["begun 2"] * 3
+        late = [asyncio.create_task(pool._leases.acquire(0)) for _ in range(1)]  # it queues already
+        await asyncio.sleep(0.01)
+        pool.say()
+        await asyncio.gather(*begun)
+        for lease in await asyncio.gather(*late):
+            lease.release()
+
+    asyncio.run(all_of())
+    assert len(order) == REPLICAS * (len(ANSWER) + 1)
+
+
+def test_no_slot_is_lost_when_it_waits_in_vain(new_pool):
+    pool = new_pool((3, LOST), (3, LOST), (3, LOST))
+    pool.come_back = False
+
+    async def cancelled() -> None:
+        async with aclosing(pool.stream(Job([1, 2], max_tokens=50))) as stream:
+            async for _ in stream:
+                pass
+
+    async def leave() -> None:
+        tasks = [asyncio.create_task(cancelled()) for _ in range(REPLICAS)]
+        await asyncio.sleep(0.05)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)
+
+    asyncio.run(leave())
+    assert pool.usage()[0] == pool.usage()[2] == 0
+    pool.say()
+    assert ids_of(run(pool)) == ANSWER

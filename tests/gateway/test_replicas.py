@@ -14,8 +14,9 @@ from gguf import GGMLQuantizationType
 from deepseek_api_compat.cli import serve
 from deepseek_api_compat.config import EngineSettings, ModelSettings, ServerSettings, Settings
 from deepseek_api_compat.engines.lifeline import Lifeline
+from deepseek_api_compat.engines.readiness import ready
 from deepseek_api_compat.errors import ConfigError
-from deepseek_api_compat.gateway.replicas import replicas_of
+from deepseek_api_compat.gateway.replicas import _ask, asked_what_it_is, replicas_of
 from deepseek_api_compat.protocol.deepseek import detect
 from fakes.tiny_gguf import write_gguf
 
@@ -94,3 +95,12 @@ def test_serve_refuses_a_configured_format_without_its_package(tmp_path: Path) -
         serve.run(parser.parse_args(arguments))
     assert MISSING in str(caught.value)
     assert not (tmp_path / "data").exists()
+
+
+async def test_an_engine_that_is_not_there_gives_no_answer(tmp_path: Path, lifeline: Lifeline) -> None:
+    engine = EngineSettings(kind="llamacpp", path=str(model(tmp_path, "v3")))
+    models = [ModelSettings(name="m", engines=[engine])]
+    settings = Settings(server=ServerSettings(data_dir=str(tmp_path)), models=models)
+    (replica,) = replicas_of(settings, lifeline, lambda one: None)
+    for question in (asked_what_it_is, ready):
+        assert "Can't reach the engine" in await _ask(replica, engine, question, 5.0)

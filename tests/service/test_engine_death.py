@@ -15,7 +15,7 @@ from fakes.service import Service, eventually
 from fakes.wire import Answer, Wire, call, request, sse, text_of
 
 PATH = "/v1/chat/completions"
-LONG = {"max_tokens": 1500, "logit_bias": {"2": -100}}  # token 2 would end the answer
+LONG = {"max_tokens": 400, "logit_bias": {"2": -100}}  # token 2 would end the answer
 
 
 @pytest.fixture(scope="module")

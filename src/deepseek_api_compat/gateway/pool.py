@@ -7,7 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -24,9 +24,8 @@ from deepseek_api_compat.protocol.job import Job, Piece
 
 T = TypeVar("T")
 CHAT_KINDS = frozenset({"openai"})
-# A job that has met so many failures without a token in between may be their cause: before its first token,
-# and after it, when somebody is reading already.
-MOST_FAILURES, MOST_FAILURES_BEGUN = 2, 3
+# A job that has met so many failures without a token in between may be their cause.
+MOST_FAILURES = 3
 # A replica that has failed so many jobs and completed none is asked for a token.
 BARREN = 5
 Doubt = Callable[[int, int, bool], None]
@@ -134,7 +133,7 @@ class ModelPool:
                 failures += 1
                 if self._states[replica].state == "ready":
                     self._suspect(replica, isinstance(error, (EngineTimeout, Hung)))
-                if failures >= MOST_FAILURES_BEGUN:
+                if failures >= MOST_FAILURES:
                     raise
 
     async def upstream(self, avoid: Collection[int] = ()) -> tuple[EngineState, Upstream]:
@@ -212,8 +211,20 @@ class ModelPool:
 
         Raises RateLimited, EngineUnavailable, EngineTimeout.
         """
-        await self.any_ready()
-        return await self._leases.acquire(self.index, key, urgent=urgent, order=order, home=home)
+        if not urgent:
+            await self.any_ready()
+            return await self._leases.acquire(self.index, key, order=order, home=home)
+        # It takes its place before a replica is ready: those who queue would get the slots otherwise.
+        acquiring = asyncio.ensure_future(self._leases.acquire(self.index, key, urgent=True, order=order))
+        try:
+            while not acquiring.done():
+                await self.any_ready()
+                await self._change(self._ready_timeout, acquiring)
+            return acquiring.result()
+        except BaseException:
+            if not acquiring.cancel() and acquiring.exception() is None:
+                acquiring.result().release()
+            raise
 
     async def stream(
         self, job: Job, key: int = 0, on_lease: Callable[[int], Awaitable[None]] | None = None
@@ -246,8 +257,7 @@ class ModelPool:
                 self._doubt(lease, error)
                 failed.add(lease.replica)
                 failures = failures + 1 if len(answer.ids) == begun else 1
-                most = MOST_FAILURES_BEGUN if answer.begun else MOST_FAILURES
-                if failures >= most or not answer.can_continue:
+                if failures >= MOST_FAILURES or not answer.can_continue:
                     raise
             finally:
                 if job.grammar is not None:
@@ -325,12 +335,13 @@ class ModelPool:
                 )
             await self._change(deadline - loop.time())
 
-    async def _change(self, timeout: float) -> None:
-        """Wait for the supervisor's next word, at most `timeout` seconds."""
+    async def _change(self, timeout: float, *others: asyncio.Future[Lease]) -> None:
+        """Wait for the supervisor's next word, or one of the others, at most `timeout` seconds."""
         # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation.
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.add(waiter)
         try:
-            await asyncio.wait([waiter], timeout=timeout)
+            first: list[asyncio.Future[Any]] = [waiter, *others]
+            await asyncio.wait(first, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._waiters.discard(waiter)

@@ -191,7 +191,7 @@ class AttachedEngine(WatchedUpstream):
 
     async def _probe(self) -> None:
         if self.state == "ready":
-            if problem := await _ask(self, self._settings, TokenEngine.info, PROBE_TIMEOUT):
+            if problem := await _ask(self, self._settings, asked_what_it_is, PROBE_TIMEOUT):
                 self._set("starting", f"{self._client.where}: {problem}")
             return
         try:
@@ -311,7 +311,7 @@ class ManagedEngine(Replica):
         """
         pid = self._process.pid
         patience = self._settings.stall_timeout if hung else PROBE_TIMEOUT
-        problem = await self._ask(ready if hung else TokenEngine.info, patience)
+        problem = await self._ask(ready if hung else asked_what_it_is, patience)
         if self.state == "doubtful" and self._process.pid == pid:
             if problem:
                 self._process.kill()
@@ -324,7 +324,7 @@ class ManagedEngine(Replica):
         while True:
             await asyncio.sleep(PROBE_INTERVAL)
             self._memory = await asyncio.to_thread(self._process.memory)
-            problem = self.state == "ready" and await self._ask(TokenEngine.info, PROBE_TIMEOUT)
+            problem = self.state == "ready" and await self._ask(asked_what_it_is, PROBE_TIMEOUT)
             missed = missed + 1 if problem else 0
             if missed >= MISSED:
                 missed = 0
@@ -348,6 +348,11 @@ class ManagedEngine(Replica):
         self.pid = process.pid
         self.info = process.info or self.info
         self._set("starting" if process.state == "backoff" else process.state, process.detail)
+
+
+async def asked_what_it_is(engine: TokenEngine) -> ModelInfo:
+    """The simplest question."""
+    return await engine.info()
 
 
 async def _ask(replica: Replica, settings: EngineSettings, question: Question, patience: float) -> str:
