@@ -221,15 +221,32 @@ def test_a_client_that_leaves_the_queue_is_written_down_and_pays_nothing(
 # Engines that fail
 
 
-def test_a_killed_engine_s_streams_are_lost_ones(service: Service):
-    wire = ask(service, chat("tiny", "Count.", stream=True, **LONG))
+def engine_killed_under(service: Service, **more: Any) -> tuple[Wire, str]:
+    """A stream that was begun by an engine that is dead, and its request id."""
+    wire = ask(service, chat("tiny", "Count in JSON.", stream=True, **more))
     _, headers = wire.head()
     for _ in range(5):
         wire.chunk()
     [pid] = [state["pid"] for state in service.engines() if state["kind"] == "llamacpp"]
     os.kill(pid, signal.SIGKILL)
+    return wire, headers["x-request-id"]
+
+
+def test_a_stream_that_two_engines_made_is_one_row(service: Service):
+    wire, id = engine_killed_under(service, max_tokens=100, logit_bias={"2": -100})
+    assert sse(b"".join(iter(wire.chunk, b"")))[-1] == "[DONE]"
+    row = ledger.row(service, id)
+    assert (row["outcome"], row["status"], row["finish"]) == ("ok", 200, "length")
+    assert row["completion_tokens"] == row["sent_tokens"] == 100
+
+
+def test_a_stream_that_no_other_engine_can_go_on_with_is_lost(service: Service):
+    """A schema that takes long to fulfil."""
+    schema = {"type": "object", "properties": {"x": {"type": "string", "minLength": 3000}}, "required": ["x"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    wire, id = engine_killed_under(service, response_format=form)
     assert "error" in json.loads(sse(b"".join(iter(wire.chunk, b"")))[-1])
-    row = ledger.row(service, headers["x-request-id"])
+    row = ledger.row(service, id)
     assert (row["outcome"], row["status"]) == ("engine_lost", 502)
     assert row["error_code"]
     assert row["completion_tokens"] == row["sent_tokens"] >= 4

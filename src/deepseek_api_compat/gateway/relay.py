@@ -101,14 +101,14 @@ async def relay(
     begun = 0
     while True:
         lease = None
+        if pool.leased:
+            lease = await pool.lease(account.principal.index, order=pool.upstreams(tried))
+            state = pool.state_of(lease.replica)
+            upstream = pool.upstream_of(state)
+        else:
+            state, upstream = await pool.upstream(tried)
+        tried.add(state.replica)
         try:
-            if pool.leased:
-                lease = await pool.lease(account.principal.index, order=pool.upstreams(tried))
-                state = pool.state_of(lease.replica)
-                upstream = pool.upstream_of(state)
-            else:
-                state, upstream = await pool.upstream(tried)
-            tried.add(state.replica)
             await account.dispatch(state.replica)
             if not account.tally.prompt_tokens:  # it may be worked on from now on
                 account.tally.prompt_tokens = prompt
