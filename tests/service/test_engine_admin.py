@@ -19,7 +19,7 @@ from fakes.tiny_gguf import write_gguf
 from fakes.wire import Wire, call, request, sse, text_of
 
 PATH = "/v1/chat/completions"
-LONG = {"max_tokens": 300, "logit_bias": {"2": -100}}  # token 2 would end the answer
+LONG = {"max_tokens": 200, "logit_bias": {"2": -100}}  # token 2 would end the answer
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from fakes.service import Service, eventually
 from fakes.wire import Answer, Wire, call, request, sse, text_of
 
 PATH = "/v1/chat/completions"
-LONG = {"max_tokens": 400, "logit_bias": {"2": -100}}  # token 2 would end the answer
+LONG = {"max_tokens": 250, "logit_bias": {"2": -100}}  # token 2 would end the answer
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_answers_in_flight_go_on_and_the_queue_is_served(engine: Service):
 
 def test_choices_in_flight_and_an_engine_that_leaves_politely(engine: Service):
     """SIGTERM from somebody else is a death like any other; each choice goes on by itself."""
-    wire = ask(engine, chat("tiny", "Count.", stream=True, n=4, max_tokens=300, logit_bias={"2": -100}))
+    wire = ask(engine, chat("tiny", "Count.", stream=True, n=4, max_tokens=120, logit_bias={"2": -100}))
     wire.head()
     wire.chunk()
     kill_engine(engine, signal.SIGTERM)
@@ -118,7 +118,7 @@ def test_choices_in_flight_and_an_engine_that_leaves_politely(engine: Service):
 
 
 def test_an_engine_that_hangs_is_killed_and_its_answer_goes_on(engine: Service):
-    stream = ask(engine, chat("tiny", "Count.", stream=True, max_tokens=200, logit_bias={"2": -100}))
+    stream = ask(engine, chat("tiny", "Count.", stream=True, max_tokens=100, logit_bias={"2": -100}))
     stream.head()
     first = b"".join(stream.chunk() for _ in range(10))
     stopped = kill_engine(engine, signal.SIGSTOP)
