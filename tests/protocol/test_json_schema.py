@@ -97,6 +97,7 @@ def test_what_can_not_be_enforced_is_named(schema: dict[str, Any], path: str) ->
         {"type": "string", "pattern": r"^\p{L}+\\1(?<year>[0-9]{4})$", "minLength": 1},
         *({"type": "string", "format": name} for name in ("date-time", "date", "email", "ipv4", "uuid")),
         {"type": "number", "exclusiveMinimum": 0, "maximum": 1e3, "multipleOf": 0.5},
+        {"type": "integer", "maximum": -3},
         {"allOf": [OBJECT, {"required": ["b"]}]},
         {"oneOf": [STRING, {"type": "integer", "minimum": 1}]},
         {"$ref": "#/$defs/a~1b%20c", "$defs": {"a/b c": STRING}},

@@ -207,7 +207,7 @@ class _Walk:
         if schema.get("multipleOf", 1) <= 0:
             raise self._invalid(f"{path}.multipleOf", "must be more than 0")
         for least, most in _RANGES:
-            if schema.get(least, 0) > schema.get(most, schema.get(least, 0)):
+            if {least, most} <= schema.keys() and schema[least] > schema[most]:
                 raise self._invalid(f"{path}.{least}", f"is more than `{most}`")
 
     def _strings(self, schema: Schema, path: str) -> None:
