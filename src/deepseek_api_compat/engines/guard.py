@@ -58,17 +58,21 @@ def main() -> None:
         sys.stderr.write(f"Can't start {program[0]}: {error.strerror}.\n")
         sys.exit(2)
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    threading.Thread(target=_die_at_eof, args=(options.lifeline,), daemon=True).start()
+    holder_gone = threading.Event()
+    threading.Thread(target=_die_at_eof, args=(options.lifeline, holder_gone), daemon=True).start()
     code = child.wait()
     kill_descendants()
+    if holder_gone.is_set():  # then the other thread killed the program and may have taken its exit code
+        os._exit(1)
     if code < 0:
         sys.stderr.write(f"{program[0]} was killed by signal {-code}.\n")
     sys.exit(code if code >= 0 else 128 - code)
 
 
-def _die_at_eof(fd: int) -> None:
+def _die_at_eof(fd: int, holder_gone: threading.Event) -> None:
     while os.read(fd, 1):
         pass
+    holder_gone.set()
     kill_descendants()
     os._exit(1)
 
