@@ -18,10 +18,12 @@ from deepseek_api_compat.protocol.grammar import (
     Grammar,
     Json,
     OneOf,
+    Pattern,
     Repeat,
     Seq,
     Until,
 )
+from deepseek_api_compat.protocol.json_texts import standalone
 from deepseek_api_compat.protocol.segment import Segment
 
 # One line, spaced as json.dumps does it: where white space is free, small models never get past it.
@@ -32,6 +34,7 @@ _GUIDANCE = {
     "key_separator": ": ",
     "coerce_one_of": True,
 }
+_NO_TEXT = '""'
 _REGEX_SYNTAX = re.compile(r"[.^$*+?()\[\]{}|\\/]")
 
 
@@ -63,7 +66,7 @@ def literals(grammar: Grammar, controls: Mapping[str, int]) -> str:
 def _schemas(grammar: Grammar) -> Iterator[dict[str, Any]]:
     for part in _parts(grammar):
         if isinstance(part, Json):
-            yield part.schema
+            yield _whole(part)
 
 
 def _segments(grammar: Grammar) -> Iterator[Segment]:
@@ -75,16 +78,26 @@ def _segments(grammar: Grammar) -> Iterator[Segment]:
 
 
 def _parts(grammar: Grammar) -> Iterator[Grammar]:
-    """The grammar and all grammars in it."""
-    yield grammar
-    if isinstance(grammar, Seq):
-        inner = grammar.parts
-    elif isinstance(grammar, OneOf):
-        inner = grammar.options
-    else:
-        inner = (grammar.item,) if isinstance(grammar, Repeat) else ()
-    for part in inner:
-        yield from _parts(part)
+    """The grammar and all grammars in it, each object once."""
+    left, seen = [grammar], {id(grammar)}
+    while left:
+        part = left.pop()
+        yield part
+        if isinstance(part, Seq):
+            inner = part.parts
+        elif isinstance(part, OneOf):
+            inner = part.options
+        else:
+            inner = (part.item,) if isinstance(part, Repeat) else ()
+        for inside in inner:
+            if id(inside) not in seen:
+                seen.add(id(inside))
+                left.append(inside)
+
+
+def _whole(grammar: Json) -> dict[str, Any]:
+    """Its schema, with all that this refers to."""
+    return grammar.schema if grammar.root is None else standalone(grammar.schema, grammar.root)
 
 
 class _Writer:
@@ -93,25 +106,38 @@ class _Writer:
     def __init__(self, controls: Mapping[str, int]) -> None:
         self._controls = controls
         self._names: dict[str, str] = {}
+        self._written: dict[int, str] = {}  # by the grammar's id
         self.lines: list[str] = []
 
     def rule(self, grammar: Grammar) -> str:
         """What stands for the grammar in the body of another rule."""
+        if id(grammar) not in self._written:
+            self._written[id(grammar)] = self._rule(grammar)
+        return self._written[id(grammar)]
+
+    def _rule(self, grammar: Grammar) -> str:
         if isinstance(grammar, Exactly):
             return self._exactly(grammar.segments)
         if isinstance(grammar, Json):
-            schema: dict[str, Any] = {**grammar.schema, "x-guidance": _GUIDANCE}
+            schema = {**_whole(grammar), "x-guidance": _GUIDANCE}
             return self._named("json", "%json " + json.dumps(schema, ensure_ascii=False))
+        if isinstance(grammar, Pattern):
+            return self._pattern(grammar)
         if isinstance(grammar, Free):
-            return self._free(grammar.without)
+            return self._free(grammar.without, grammar.after)
         if isinstance(grammar, Until):
             return self._until(grammar)
         if isinstance(grammar, Repeat):
             most = "" if grammar.most is None else grammar.most
-            return f"{self._named('item', self.rule(grammar.item))}{{0,{most}}}"
+            return f"{self._named('item', self.rule(grammar.item))}{{{grammar.least},{most}}}"
         if isinstance(grammar, Seq):
-            return " ".join(filter(None, map(self.rule, grammar.parts))) or '""'
-        return self._named("any", " | ".join(map(self.rule, grammar.options)))
+            return " ".join(filter(None, map(self._inner, grammar.parts))) or _NO_TEXT
+        return self._named("any", " | ".join(self.rule(option) or _NO_TEXT for option in grammar.options))
+
+    def _inner(self, grammar: Grammar) -> str:
+        """A part of a sequence: a long sequence, which several may share, has its own rule."""
+        rule = self.rule(grammar)
+        return self._named("seq", rule) if isinstance(grammar, Seq) and len(grammar.parts) > 8 else rule
 
     def _exactly(self, segments: tuple[Segment, ...]) -> str:
         return " ".join(part if token else _quoted(part) for token, part in self._parts(segments))
@@ -129,25 +155,55 @@ class _Writer:
                 parts.append((False, segment.text))
         return parts
 
-    def _free(self, without: tuple[str, ...]) -> str:
-        if not without:
-            return self._named("TEXT", "/(?s:.*)/")
-        banned = "|".join(map(_escaped, without))
-        return self._named("TEXT", f"/(?s:.*)/ & ~/(?s:.*)({banned})(?s:.*)/")
+    def _pattern(self, grammar: Pattern) -> str:
+        terms = [f"/{expr.written()}/" for expr in grammar.matches]
+        terms += [f"~/{expr.written()}/" for expr in grammar.but]
+        return self._named("TEXT", " & ".join(terms))
+
+    def _free(self, without: tuple[str, ...], after: str) -> str:
+        terms = ["/(?s:.*)/"]
+        if without:
+            terms.append(f"~/(?s:.*)({'|'.join(map(_escaped, without))})(?s:.*)/")
+        if begun := {rest: None for spelling in without for rest in _endings(after, spelling)}:
+            terms.append(f"~/({'|'.join(map(_escaped, begun))})(?s:.*)/")
+        return self._named("TEXT", " & ".join(terms))
 
     def _until(self, grammar: Until) -> str:
-        body = self._free(grammar.without)
         parts = self._parts(grammar.marker)
-        # A lexer takes all the text it can: what begins the marker must be in the same terminal.
-        if not parts[0][0]:
-            body = self._named("TEXT", f"{body} {_quoted(parts.pop(0)[1])}")
-        return " ".join([body, *(part if token else _quoted(part) for token, part in parts)])
+        if parts[0][0]:
+            ways = [self._free(grammar.without, grammar.after)]
+        else:
+            # A lexer takes all the text it can: what begins the marker must be in the same terminal.
+            ways = self._ways(grammar, parts.pop(0)[1], last=not parts)
+            ways = [self._named("TEXT", " | ".join(ways))]
+        return " ".join([*ways, *(part if token else _quoted(part) for token, part in parts)])
+
+    def _ways(self, grammar: Until, mark: str, *, last: bool) -> list[str]:
+        """The texts up to the end of the mark: of the first one, or of one that has begun."""
+        after, without = grammar.after, grammar.without
+        ways = []
+        if not _has(after, without):
+            ways.append(f"{self._free(without, after)} {_quoted(mark)}")
+        for rest in _endings(after, mark, whole=not last):
+            if not _has(after[: len(after) - len(mark) + len(rest)], without):
+                ways.append(_quoted(rest))
+        return ways
 
     def _named(self, kind: str, body: str) -> str:
         if body not in self._names:
             self._names[body] = f"{kind}_{len(self._names)}"
             self.lines.append(f"{self._names[body]}: {body}")
         return self._names[body]
+
+
+def _endings(after: str, spelling: str, *, whole: bool = False) -> list[str]:
+    """What completes the spelling where it has begun at a text's end; it may be `whole`."""
+    counts = range(1, len(spelling) + whole)
+    return [spelling[count:] for count in counts if after.endswith(spelling[:count])]
+
+
+def _has(text: str, spellings: tuple[str, ...]) -> bool:
+    return any(spelling in text for spelling in spellings)
 
 
 def _quoted(text: str) -> str:

@@ -16,6 +16,7 @@ import msgspec
 from deepseek_api_compat.errors import InvalidRequest
 from deepseek_api_compat.protocol.json_schema import Schema, enforceable
 from deepseek_api_compat.protocol.openai import ChatRequest, NamedToolChoice, Tool
+from deepseek_api_compat.protocol.regular import Expr
 from deepseek_api_compat.protocol.segment import Segment
 
 MOST_CALLS = 32  # in one answer
@@ -35,22 +36,41 @@ class Exactly(msgspec.Struct, frozen=True):
 
 
 class Json(msgspec.Struct, frozen=True):
-    """A JSON text that matches the schema (as `enforceable` returns it), on one line."""
+    """A JSON text that matches the schema (as `enforceable` returns it), on one line.
+
+    root: what the schema's references point into, where it is not the schema itself.
+    """
 
     schema: Schema
+    root: Schema | None = None
+
+
+class Pattern(msgspec.Struct, frozen=True):
+    """A text that all these expressions match, and none of `but`."""
+
+    matches: tuple[Expr, ...]
+    but: tuple[Expr, ...] = ()
 
 
 class Free(msgspec.Struct, frozen=True):
-    """Any text, empty too, in which none of the spellings of `without` occurs."""
+    """Any text, empty too, in which none of the spellings of `without` occurs.
+
+    after: the end of a text that it goes on with, in which a spelling may have begun.
+    """
 
     without: tuple[str, ...] = ()
+    after: str = ""
 
 
 class Until(msgspec.Struct, frozen=True):
-    """Any text as of `Free`, and right after it the marker: it ends where the marker first comes."""
+    """Any text as of `Free`, and right after it the marker: it ends where the marker first comes.
+
+    after: as of `Free`; the marker may have begun in it too.
+    """
 
     marker: tuple[Segment, ...]
     without: tuple[str, ...] = ()
+    after: str = ""
 
 
 class Seq(msgspec.Struct, frozen=True):
@@ -66,13 +86,14 @@ class OneOf(msgspec.Struct, frozen=True):
 
 
 class Repeat(msgspec.Struct, frozen=True):
-    """`item`, never or up to `most` times (None: any number)."""
+    """`item`, from `least` to `most` times (None: any number)."""
 
     item: Grammar
     most: int | None = None
+    least: int = 0
 
 
-Grammar: TypeAlias = Exactly | Json | Free | Until | Seq | OneOf | Repeat
+Grammar: TypeAlias = Exactly | Json | Pattern | Free | Until | Seq | OneOf | Repeat
 
 
 class Function(NamedTuple):

@@ -106,7 +106,7 @@ def resolve(schema: Any, root: Schema) -> Any:
     for _ in range(_FOLLOWED):
         if not isinstance(schema, dict) or "$ref" not in schema or ASSERTIONS & schema.keys() != {"$ref"}:
             break
-        schema = _target(root, schema["$ref"])
+        schema = pointed(root, schema["$ref"])
     return schema
 
 
@@ -247,7 +247,7 @@ class _Walk:
                 raise self._invalid(f"{path}.$ref", "leads back to itself")
             if not isinstance(reference, str) or (reference != "#" and not reference.startswith("#/")):
                 raise self._invalid(f"{path}.$ref", "must point into the schema itself: # or #/...")
-            target = _target(self._root, reference)
+            target = pointed(self._root, reference)
             if not isinstance(target, dict):
                 break
         if target is None:
@@ -300,7 +300,7 @@ class _Walk:
         return InvalidRequest(f"`{param}` {reason}.", param=param)
 
 
-def _target(root: Schema, reference: str) -> Any:
+def pointed(root: Schema, reference: str) -> Any:
     """What a local JSON pointer (RFC 6901) points to; None for nothing."""
     found: Any = root
     for step in unquote(reference).removeprefix("#").split("/")[1:]:
