@@ -8,7 +8,7 @@ import json
 import pytest
 
 from deepseek_api_compat.engines.llamacpp import LlamaCpp
-from deepseek_api_compat.engines.llguidance import lark, spellings
+from deepseek_api_compat.engines.llguidance import lark, literals, spellings
 from deepseek_api_compat.protocol.deepseek.grammar import syntax
 from deepseek_api_compat.protocol.grammar import (
     Exactly,
@@ -16,6 +16,7 @@ from deepseek_api_compat.protocol.grammar import (
     Grammar,
     Json,
     OneOf,
+    Pattern,
     Repeat,
     Seq,
     Until,
@@ -23,6 +24,7 @@ from deepseek_api_compat.protocol.grammar import (
 )
 from deepseek_api_compat.protocol.job import Job, Sampling
 from deepseek_api_compat.protocol.openai import DecodeLimits, decode_chat
+from deepseek_api_compat.protocol.regular import ANY_TEXT, literal
 from deepseek_api_compat.protocol.segment import Segment
 from fakes.json_validator import mismatches
 
@@ -49,6 +51,15 @@ TOKEN = Segment("<think>", True)
             "TEXT_1 <[7]>",
             ["TEXT_0: /(?s:.*)/", 'TEXT_1: TEXT_0 "x"'],
         ),
+        (Exactly(()), "", []),
+        (Pattern((literal("a/b"),)), "TEXT_0", [r"TEXT_0: /a\x{2f}b/"]),
+        (Pattern((ANY_TEXT,), (literal("a"),)), "TEXT_0", [f"TEXT_0: /{ANY_TEXT.written()}/ & ~/a/"]),
+        (
+            Free(("</a>",), "<"),
+            "TEXT_0",
+            [r"TEXT_0: /(?s:.*)/ & ~/(?s:.*)(<\/a>)(?s:.*)/ & ~/(\/a>)(?s:.*)/"],
+        ),
+        (Repeat(A, 3, 1), "item_0{1,3}", [r'item_0: "a\"\n"']),
         (Seq((OneOf((A, B)), OneOf((A, B)))), "any_0 any_0", [r'any_0: "a\"\n" | "é\\"']),
     ],
 )
@@ -63,6 +74,16 @@ def test_schema_in_lark() -> None:
     assert schema["type"] == "null"
     assert schema["x-guidance"]["whitespace_flexible"] is False
     assert "lenient" not in schema["x-guidance"]
+
+
+def test_what_a_grammar_prescribes() -> None:
+    begun = Pattern((literal("now <|im_end|>"),))
+    parts = (Exactly((TOKEN, Segment("Hi", False))), Json({"const": "<think>"}), begun)
+    assert literals(Seq(parts), {"<think>": 7}).split("\n") == [
+        "Hi",
+        '{"const": "<think>"}',
+        "now <|im_end|>",
+    ]
 
 
 def test_spellings() -> None:

@@ -183,11 +183,26 @@ def test_what_is_the_request_s_own_fault_is_not_tried_again(new_pool):
     assert sum(len(engine.jobs) for engine in pool.made) == 1
 
 
-def test_a_grammar_ends_with_its_engine_once_it_has_begun(new_pool):
-    job = Job([1, 2], max_tokens=50, grammar=text("abc"))
+def test_an_answer_under_a_grammar_goes_on_with_what_remains_of_it(new_pool):
+    written = "".join(f"<{id}>" for id in ANSWER)
+    pool = new_pool((3, LOST), (5, LOST))
+    pieces = run(pool, Job([1, 2], max_tokens=50, grammar=text(written)))
+    assert ids_of(pieces) == ANSWER
+    jobs = sorted((job for engine in pool.made for job in engine.jobs), key=lambda job: job.sent)
+    assert [job.grammar for job in jobs] == [text(written), text(written[15:]), text(written[40:])]
+
+
+def test_a_grammar_whose_rest_can_t_be_told_ends_with_its_engine(new_pool):
+    job = Job([1, 2], max_tokens=50, grammar=text("abc"))  # the engine does not keep to it
     assert ids_of(run(new_pool((0, LOST)), job)) == ANSWER
     with pytest.raises(Lost):
         run(new_pool((1, LOST)), job)
+
+
+def test_an_engine_that_does_not_take_the_rest(new_pool):
+    """It is no fault of the request, which an engine has taken."""
+    with pytest.raises(Lost):
+        run(new_pool((3, LOST), (0, InvalidRequest("no such grammar"))))
 
 
 def test_only_the_last_piece_was_missing(new_pool):

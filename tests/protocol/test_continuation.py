@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_api_compat.protocol.continuation import Continuation
-from deepseek_api_compat.protocol.grammar import text
+from deepseek_api_compat.protocol.grammar import Grammar, Json, Seq, Until, text
 from deepseek_api_compat.protocol.job import Job, Piece, Sampling
+from deepseek_api_compat.protocol.segment import Segment
 
 PROMPT = [1, 2, 3]
 
@@ -54,8 +56,57 @@ def test_only_the_end_was_missing():
     assert continuation.ended() == Piece(finish="length", prompt_tokens=3, completion_tokens=2)
 
 
-def test_a_grammar_has_no_second_beginning():
-    continuation = Continuation(Job(PROMPT, max_tokens=2, grammar=text("ab")))
-    assert continuation.can_continue
-    continuation.take([Piece([10], "a")])
-    assert not continuation.can_continue
+CONTROLS = {"<end of thought>": 7}
+THOUGHT = Seq((Until((Segment("<end of thought>", True),)), text("abcd")))
+
+
+def rest_of(grammar: Grammar, *pieces: Piece) -> Grammar | None:
+    continuation = Continuation(Job(PROMPT, max_tokens=20, grammar=grammar))
+    continuation.take([*pieces])
+    assert continuation.can_continue(CONTROLS)
+    assert continuation.rest().prompt_ids == [*PROMPT, *continuation.ids]
+    return continuation.rest().grammar
+
+
+def test_a_grammar_goes_on_where_it_was():
+    assert rest_of(text("abcd"), Piece([10], "a"), Piece([11, 12], "bc")) == text("d")
+    assert rest_of(THOUGHT, Piece([10], "Hm.")) == THOUGHT
+
+
+def test_a_control_token_is_known_by_its_id():
+    """Its spelling is text, and does not end the thought; it may show in the text of the answer or not."""
+    spelt = Piece([10, 11], "<end of thought>")
+    assert rest_of(THOUGHT, spelt, Piece([12], "x")) == THOUGHT
+    assert rest_of(THOUGHT, spelt, Piece([7], "<end of thought>"), Piece([10], "a")) == text("bcd")
+    assert rest_of(THOUGHT, Piece([7]), Piece([10], "ab")) == text("cd")
+
+
+def test_a_grammar_goes_on_after_several_deaths():
+    continuation = Continuation(Job(PROMPT, max_tokens=20, grammar=text("abcd")))
+    for begun, rest in (("a", "bcd"), ("bc", "d")):
+        assert continuation.can_continue({})
+        continuation.rest()
+        continuation.take([Piece([10], begun)])
+        assert continuation.can_continue({})
+        assert continuation.rest().grammar == text(rest)
+
+
+def test_nothing_was_missing_of_a_grammar():
+    continuation = Continuation(Job(PROMPT, max_tokens=20, grammar=text("ab")))
+    continuation.take([Piece([10], "a"), Piece([11], "b")])
+    assert continuation.can_continue({})
+    assert continuation.ended() == Piece(finish="stop", prompt_tokens=3, completion_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "sent"),
+    [
+        (text("ab"), "b"),  # an engine that did not keep to it
+        (Json({"type": "string", "pattern": "(?<=a)b"}), '"a'),  # an expression that only engines read
+    ],
+)
+def test_a_rest_that_can_t_be_told(grammar: Grammar, sent: str):
+    continuation = Continuation(Job(PROMPT, max_tokens=20, grammar=grammar))
+    assert continuation.can_continue({}), "nothing has been sent"
+    continuation.take([Piece([10], sent)])
+    assert not continuation.can_continue({})

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from fakes.configs import ENGINE, IMPATIENT, chat
+from fakes.json_validator import mismatches
 from fakes.observe import alive, engine_busy, idle, log_of, metrics, ready, waiting
 from fakes.service import Service, eventually
 from fakes.wire import Answer, Wire, call, request, sse, text_of
@@ -115,6 +116,38 @@ def test_choices_in_flight_and_an_engine_that_leaves_politely(engine: Service):
     assert done == "[DONE]"
     ends = [c for chunk in chunks for c in json.loads(chunk)["choices"] if c["finish_reason"]]
     assert sorted((end["index"], end["finish_reason"]) for end in ends) == [(i, "length") for i in range(4)]
+
+
+LINE = {"type": "string", "minLength": 40, "maxLength": 60}
+SCHEMA = {
+    "type": "object",
+    "properties": {"lines": {"type": "array", "items": LINE, "minItems": 3, "maxItems": 3}, "last": LINE},
+    "required": ["lines", "last"],
+    "additionalProperties": False,
+}
+FORM = {"response_format": {"type": "json_schema", "json_schema": {"name": "poem", "schema": SCHEMA}}}
+POEM = {"type": "function", "function": {"name": "poem", "parameters": SCHEMA}}
+FORCED = {"tools": [POEM], "tool_choice": "required"}
+
+
+@pytest.mark.parametrize(("more", "finish"), [(FORM, "stop"), (FORCED, "tool_calls")])
+def test_an_answer_under_a_grammar_goes_on_and_keeps_to_it(engine: Service, more, finish):
+    """Killed twice; an engine that began the grammar anew would begin another object inside of this one."""
+    stream = ask(engine, chat("tiny", "Write a poem.", stream=True, max_tokens=400, **more))
+    stream.head()
+    body = b"".join(stream.chunk() for _ in range(15))
+    for chunks in (20, 1):
+        kill_engine(engine)
+        body += b"".join(stream.chunk() for _ in range(chunks))
+    *events, done = sse(body + b"".join(iter(stream.chunk, b"")))
+    assert done == "[DONE]"
+    choices = [choice for event in events for choice in json.loads(event)["choices"]]
+    assert choices[-1]["finish_reason"] == finish
+    texts = [choice["delta"].get("content") or "" for choice in choices]
+    calls = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
+    texts += [call["function"].get("arguments", "") for call in calls]
+    poem = json.loads("".join(texts))
+    assert [*mismatches(poem, SCHEMA, SCHEMA)] == []
 
 
 def test_an_engine_that_hangs_is_killed_and_its_answer_goes_on(engine: Service):

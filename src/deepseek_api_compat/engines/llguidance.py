@@ -35,6 +35,7 @@ _GUIDANCE = {
     "coerce_one_of": True,
 }
 _NO_TEXT = '""'
+_REGEX_CODE = re.compile(r"\\x\{([0-9a-f]+)\}")
 _REGEX_SYNTAX = re.compile(r"[.^$*+?()\[\]{}|\\/]")
 
 
@@ -60,7 +61,15 @@ def spellings(grammar: Grammar) -> set[str]:
 def literals(grammar: Grammar, controls: Mapping[str, int]) -> str:
     """All text that the grammar prescribes. A control token's spelling in it must not become that token."""
     written = [segment.text for segment in _segments(grammar) if segment.text not in controls]
-    return "\n".join([*written, *(json.dumps(schema, ensure_ascii=False) for schema in _schemas(grammar))])
+    written += [json.dumps(schema, ensure_ascii=False) for schema in _schemas(grammar)]
+    patterns = [part for part in _parts(grammar) if isinstance(part, Pattern)]
+    written += [_read(expr.written()) for part in patterns for expr in part.matches]
+    return "\n".join(written)
+
+
+def _read(regex: str) -> str:
+    """The characters of a regular expression, as they are meant."""
+    return _REGEX_CODE.sub(lambda code: chr(int(code[1], 16)), regex)
 
 
 def _schemas(grammar: Grammar) -> Iterator[dict[str, Any]]:

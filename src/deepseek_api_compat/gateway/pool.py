@@ -15,7 +15,13 @@ from deepseek_api_compat.config import ModelSettings
 from deepseek_api_compat.engines import kinds
 from deepseek_api_compat.engines.base import EngineState, ModelInfo, TokenEngine
 from deepseek_api_compat.engines.upstream import Hung, Lost, Upstream
-from deepseek_api_compat.errors import ApiError, EngineFailed, EngineTimeout, EngineUnavailable
+from deepseek_api_compat.errors import (
+    ApiError,
+    EngineFailed,
+    EngineTimeout,
+    EngineUnavailable,
+    InvalidRequest,
+)
 from deepseek_api_compat.gateway.balance import Balance, Visit
 from deepseek_api_compat.gateway.breaker import Breaker, blames_replica, is_gone
 from deepseek_api_compat.gateway.slots import Lease, Leases
@@ -77,7 +83,8 @@ class ModelPool:
         move = self.ready
         for replica, state in old.items():
             now = self._states.get(replica)
-            # The answers of a client that is closed go on elsewhere, but not those under a grammar.
+            # The answers of a client that is closed go on elsewhere. Those under a grammar may stay to their
+            # end, for not every grammar's rest can be told.
             drained = move and now is not None and now.state == "drained" and not self._bound[replica]
             if now is None or drained or (now.endpoint, now.info) != (state.endpoint, state.info):
                 if (engine := self._engines.pop(replica, None)) is not None:
@@ -236,9 +243,11 @@ class ModelPool:
         answer = Continuation(job)
         failures = 0
         failed: set[int] = set()
+        lost: ApiError | None = None
         while (last := answer.ended()) is None:
             rest, begun = answer.rest(), len(answer.ids)
             lease, visit = await self._place(rest, key, failed, urgent=answer.begun)
+            controls = self._controls(lease.replica)
             if job.grammar is not None:
                 self._bound[lease.replica] += 1
             try:
@@ -253,11 +262,19 @@ class ModelPool:
                 if visit is not None:
                     visit.ended(job.prompt_ids + answer.ids, job.cache_salt, answer.cached)
                 return
+            except InvalidRequest:
+                if lost is not None and answer.begun:
+                    raise lost from None  # the client's request was valid: this engine can't make the rest
+                raise
             except (EngineUnavailable, EngineFailed, EngineTimeout) as error:
+                lost = error
                 self._doubt(lease, error)
                 failed.add(lease.replica)
                 failures = failures + 1 if len(answer.ids) == begun else 1
-                if failures >= MOST_FAILURES or not answer.can_continue:
+                if failures >= MOST_FAILURES:
+                    raise
+                # Not on the event loop: the rest of a grammar can take a tenth of a second.
+                if job.grammar is not None and not await asyncio.to_thread(answer.can_continue, controls):
                     raise
             finally:
                 if job.grammar is not None:
@@ -282,6 +299,11 @@ class ModelPool:
             order, home = sorted(order, key=failed.__contains__), -1
         lease = await self.lease(key, urgent=urgent, order=order, home=home)
         return lease, self._balance.send(lease.replica, prompt)
+
+    def _controls(self, replica: int) -> dict[str, int]:
+        """The control tokens of its model."""
+        info = self._states[replica].info
+        return info.controls if info is not None else {}
 
     def _doubt(self, lease: Lease, error: ApiError) -> None:
         """What failed like this gets no more work until the supervisor has looked at it."""

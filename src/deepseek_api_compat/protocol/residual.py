@@ -59,7 +59,7 @@ def residual(grammar: Grammar, sent: Sequence[Segment]) -> Grammar | None:
     """The grammar of exactly the texts that complete `sent` to one of `grammar`.
 
     sent: what was sent, in order; a special segment is a control token. None where the rest can't be told
-    (docs/formats.md says when). Raises NotItsBeginning.
+    (docs/resilience.md says when). Raises NotItsBeginning.
     """
     try:
         rests = _Walk(sent).rests(grammar)
