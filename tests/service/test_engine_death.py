@@ -130,24 +130,24 @@ POEM = {"type": "function", "function": {"name": "poem", "parameters": SCHEMA}}
 FORCED = {"tools": [POEM], "tool_choice": "required"}
 
 
-@pytest.mark.parametrize(("more", "finish"), [(FORM, "stop"), (FORCED, "tool_calls")])
-def test_an_answer_under_a_grammar_goes_on_and_keeps_to_it(engine: Service, more, finish):
-    """Killed twice; an engine that began the grammar anew would begin another object inside of this one."""
-    stream = ask(engine, chat("tiny", "Write a poem.", stream=True, max_tokens=400, **more))
-    stream.head()
-    body = b"".join(stream.chunk() for _ in range(15))
-    for chunks in (20, 1):
-        kill_engine(engine)
-        body += b"".join(stream.chunk() for _ in range(chunks))
-    *events, done = sse(body + b"".join(iter(stream.chunk, b"")))
-    assert done == "[DONE]"
-    choices = [choice for event in events for choice in json.loads(event)["choices"]]
-    assert choices[-1]["finish_reason"] == finish
-    texts = [choice["delta"].get("content") or "" for choice in choices]
-    calls = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
-    texts += [call["function"].get("arguments", "") for call in calls]
-    poem = json.loads("".join(texts))
-    assert [*mismatches(poem, SCHEMA, SCHEMA)] == []
+def test_answers_under_a_grammar_go_on_and_keep_to_it(engine: Service):
+    """An engine that began the grammar anew would begin another object inside of the one that was begun."""
+    wires = [ask(engine, chat("tiny", "A poem.", stream=True, max_tokens=400, **it)) for it in (FORM, FORCED)]
+    begun = []
+    for wire in wires:
+        wire.head()
+        begun.append(b"".join(wire.chunk() for _ in range(15)))
+    kill_engine(engine)
+    for wire, body, finish in zip(wires, begun, ("stop", "tool_calls"), strict=True):
+        *events, done = sse(body + b"".join(iter(wire.chunk, b"")))
+        assert done == "[DONE]"
+        choices = [choice for event in events for choice in json.loads(event)["choices"]]
+        assert choices[-1]["finish_reason"] == finish
+        texts = [choice["delta"].get("content") or "" for choice in choices]
+        calls = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
+        texts += [call["function"].get("arguments", "") for call in calls]
+        poem = json.loads("".join(texts))
+        assert [*mismatches(poem, SCHEMA, SCHEMA)] == []
 
 
 def test_an_engine_that_hangs_is_killed_and_its_answer_goes_on(engine: Service):
