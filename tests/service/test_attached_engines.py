@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_api_compat.models.prepared import default_model
 from fakes.configs import TINY, chat
+from fakes.engines import over_tcp, served
 from fakes.observe import alive
 from fakes.running import Running
 from fakes.service import BIN, Service, eventually
@@ -121,3 +123,19 @@ os.execv(sys.executable, [sys.executable, "-m", "deepseek_api_compat.engines.lla
     assert answer["usage"]["completion_tokens"] == 3
     service.kill()
     eventually(lambda: not alive(state["pid"]), timeout=30, what="no orphan")
+
+
+@pytest.mark.embedded
+def test_the_cache_of_an_engine_of_its_own_outlives_the_gateway(serve: Callable[..., Service]) -> None:
+    question = chat("deepseek-v3", "A word. " * 100, max_tokens=2)
+    with served(default_model(), slots=2, context=1024) as endpoint, over_tcp(str(endpoint.uds)) as port:
+        told, key = [], None
+        for _ in range(2):
+            service = serve("--engine", f"llamacpp=http://127.0.0.1:{port}")
+            key = key or service.key
+            with service.client(key) as client:
+                told.append(client.post("/v1/chat/completions", json=question).json()["usage"])
+            service.stop()
+    first, again = told
+    assert first["prompt_cache_hit_tokens"] == 0
+    assert again["prompt_cache_hit_tokens"] >= again["prompt_tokens"] - 2
