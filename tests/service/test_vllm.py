@@ -21,9 +21,13 @@ from deepseek_api_compat.engines import guard, kinds
 from deepseek_api_compat.engines.base import Endpoint, ModelInfo
 from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.models import catalogue, prepared, tiny_v3
+from deepseek_api_compat.protocol.continuation import Continuation
+from deepseek_api_compat.protocol.grammar import Json
 from deepseek_api_compat.protocol.job import Job, Sampling
-from engines.contract import GREEDY, Contract, Subject, ids_of, run
+from deepseek_api_compat.protocol.json_schema import enforceable
+from engines.contract import GREEDY, Contract, Subject, ids_of, run, text_of
 from fakes.configs import chat
+from fakes.json_validator import mismatches
 from fakes.observe import alive
 from fakes.service import Service, eventually
 
@@ -123,6 +127,26 @@ class TestVllm(Contract):
             low, high = (low, middle) if await wins(middle) else (middle, high)
         assert await wins(high, presence=2.0)
         assert not await wins(high, presence=2.0, sent=2)
+
+    async def test_the_rest_of_a_grammar(self, subject: Subject) -> None:
+        """An answer that was cut goes on with what is still missing of its JSON text."""
+        word = {"type": "string", "pattern": "^[a-z]{3,9}$"}
+        properties = {
+            "a": word,
+            "n": {"type": "integer", "minimum": 5, "maximum": 1234},
+            "b": {"enum": ["x", "y"]},
+        }
+        schema = {"type": "object", "properties": properties, "required": [*properties]}
+        job = Job(subject.prompt, 100, GREEDY, grammar=Json(enforceable(schema, "schema")))
+        whole = await run(subject.engine, job)
+        assert [*mismatches(json.loads(text_of(whole)), schema, schema)] == []
+        for cut in range(2, len(whole), 5):
+            answer = Continuation(job)
+            made = answer.take(whole[:cut])
+            assert answer.can_continue(subject.info.controls)
+            if answer.ended() is None:
+                made += await run(subject.engine, answer.rest())
+            assert [*mismatches(json.loads(text_of(made)), schema, schema)] == []
 
     async def test_what_it_knows_of_its_model(self, running: Running) -> None:
         assert (running.info.format, running.info.context, running.info.slots) == ("v3", 512, 4)
