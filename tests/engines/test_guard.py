@@ -137,3 +137,9 @@ def test_a_program_that_is_not_there_and_a_socket_in_the_way(tmp_path: Path) -> 
     lifeline.close()
     assert (done.returncode, done.stderr) == (2, "Can't start /no/such/program: No such file or directory.\n")
     assert not socket.exists()
+
+
+def test_a_process_that_has_ended_has_no_descendants():
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    assert guard.descendants(process.pid) == []

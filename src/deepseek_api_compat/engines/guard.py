@@ -95,9 +95,12 @@ def descendants(pid: int) -> list[int]:
     found: list[int] = []
     todo = [pid]
     while todo:
-        for children in Path(f"/proc/{todo.pop()}/task").glob("*/children"):
+        threads: list[Path] = []
+        with suppress(OSError):  # it has just ended
+            threads += Path(f"/proc/{todo.pop()}/task").iterdir()
+        for thread in threads:
             with suppress(OSError):
-                todo += (new := [int(child) for child in children.read_text().split()])
+                todo += (new := [int(child) for child in (thread / "children").read_text().split()])
                 found += new
     return found
 

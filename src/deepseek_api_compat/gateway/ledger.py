@@ -15,7 +15,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -43,7 +45,7 @@ from deepseek_api_compat.store.datadir import reason
 from deepseek_api_compat.store.ledger import DAY, Batch, Ledger, LedgerRow, Refusals, Spent, open_ledger
 
 INTERVAL = 0.5  # seconds between two rounds
-PIECE = 1024 * 1024  # bytes of a log read at once
+PIECE = 256 * 1024  # bytes of a log read at once
 BATCH = 5000  # records in one transaction
 PRUNED = 5000  # rows that one deletion takes
 PRUNE_EVERY = 600.0
@@ -319,11 +321,19 @@ def _read_log(path: Path, position: int, dead: bool) -> Scan:
     try:
         with open(path, "rb") as file:
             file.seek(position)
-            # All of a dead worker's, since records may follow damage.
-            data = file.read() if dead else file.read(PIECE)
+            found = scan_log(file.read(PIECE), dead=False, limit=BATCH)
+            if not dead or found.size or _only_zeros(file, position):
+                return found
+            # A dead worker's: records may follow damage.
+            file.seek(position)
+            return scan_log(file.read(), dead=True, limit=BATCH)
     except FileNotFoundError:
-        data = b""
-    return scan_log(data, dead=dead, limit=BATCH)
+        return scan_log(b"", dead=dead, limit=BATCH)
+
+
+def _only_zeros(file: BinaryIO, position: int) -> bool:
+    file.seek(position)
+    return all(piece.count(0) == len(piece) for piece in iter(partial(file.read, PIECE), b""))
 
 
 def _decoded(payloads: Iterable[bytes]) -> tuple[list[LedgerRow], list[Refusals], int]:
