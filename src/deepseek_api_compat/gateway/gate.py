@@ -24,7 +24,6 @@ from deepseek_api_compat.errors import (
     BodyTooLarge,
     EngineUnavailable,
     InternalError,
-    InvalidRequest,
     MethodNotAllowed,
     NotFound,
     PermissionDenied,
@@ -42,7 +41,6 @@ from deepseek_api_compat.security.keys import KeyTable, Principal
 from deepseek_api_compat.security.network import UNKNOWN, AllowList, TrustedProxies
 from deepseek_api_compat.security.scope import networks
 
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Scope = MutableMapping[str, Any]
 
 PREFIXES = ("/v1/compat", "/compat/v1", "/v1", "/beta", "")
@@ -54,7 +52,6 @@ class Call:
 
     __slots__ = (
         "_max_body",
-        "_receive",
         "account",
         "address",
         "cut_off",
@@ -68,9 +65,8 @@ class Call:
         "tally",
     )
 
-    def __init__(self, scope: Scope, receive: Receive, request_id: str, tally: Tally, max_body: int) -> None:
+    def __init__(self, scope: Scope, request_id: str, tally: Tally, max_body: int) -> None:
         self.scope = scope
-        self._receive = receive
         self.out = Responder(scope)
         self.id = request_id
         self.tally = tally
@@ -91,28 +87,16 @@ class Call:
     async def body(self) -> bytes:
         """The whole request body. Raises BodyTooLarge before reading more than the cap."""
         cycle = self.scope["cycle"]
-        if not cycle.more_body:  # it came with the headers, as most do
-            cycle.flow.resume_reading()
-            if len(cycle.body) > self._max_body:
+        if cycle.more_body:  # of most it came with the headers
+            length = header(self.scope, b"content-length")
+            if length and int(length) > self._max_body:  # the HTTP parser has checked that it is a number
                 raise self._too_large()
-            return bytes(cycle.body)
-        length = header(self.scope, b"content-length")
-        if length and int(length) > self._max_body:  # the HTTP parser has checked that it is a number
+        while cycle.more_body and cycle.size <= self._max_body:
+            await cycle.arrival()
+        cycle.flow.resume_reading()
+        if cycle.size > self._max_body:
             raise self._too_large()
-        message = await self._receive()
-        if not message.get("more_body"):
-            return bytes(message.get("body", b""))
-        parts = [message.get("body", b"")]
-        size = len(parts[0])
-        while message.get("more_body"):
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise InvalidRequest("The connection closed before the request was complete.")
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self._max_body:
-                raise self._too_large()
-        return b"".join(parts)
+        return b"".join(cycle.parts)
 
     async def end_early(self, error: ApiError) -> None:
         """Report an error that its handler could not report; break off what has begun."""
@@ -225,15 +209,11 @@ class Gate:
         self._id_prefix = os.urandom(6).hex()
         self._ids = itertools.count(1)
 
-    async def __call__(self, scope: Scope, receive: Receive, _send: object) -> None:
-        """ASGI, except that answers are written by `Responder`, not through `send`."""
-        if scope["type"] != "http":
-            raise RuntimeError(f"{scope['type']} connections are not served")
-        connection = scope["connection"]
-        connection.handler = asyncio.current_task()
+    async def __call__(self, scope: Scope, _receive: object, _send: object) -> None:
+        """ASGI, but for how it comes to its connection: body and answer go through `scope["cycle"]`."""
         tally = Tally("unknown", time.monotonic())
         request_id = f"req-{self._id_prefix}{next(self._ids):08x}"
-        call = self._call(scope, receive, request_id, tally, self._max_body)
+        call = self._call(scope, request_id, tally, self._max_body)
         cancelled = None
         try:
             await self._serve(call)
@@ -259,7 +239,6 @@ class Gate:
             logger.exception("request %s failed", call.id)
             await call.end_early(tally.error)
         finally:
-            connection.handler = None
             self._requests.settled(request_id, call.principal, tally, cancelled, time.monotonic())
             self._settle(call, cancelled)
 

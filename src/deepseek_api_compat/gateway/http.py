@@ -15,9 +15,11 @@ import asyncio
 import re
 import time
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
-from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, parse_url
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from deepseek_api_compat.config import ServerSettings
@@ -30,10 +32,64 @@ METHODS = frozenset({b"GET", b"POST", b"PUT", b"DELETE", b"HEAD", b"OPTIONS", b"
 _WORD = re.compile(rb"[A-Za-z]{1,7}\Z")
 
 
+class Cycle:
+    """One request and its answer: what there is of its body, and how far the answer is (`Responder`).
+
+    In the place of uvicorn's own, most of which serves its `receive` and `send`; the gate asks for neither.
+    """
+
+    __slots__ = (
+        "_waiter",
+        "default_headers",
+        "disconnected",
+        "flow",
+        "keep_alive",
+        "more_body",
+        "on_response",
+        "parts",
+        "response_complete",
+        "response_started",
+        "size",
+        "transport",
+        "unread",
+        "waiting_for_100_continue",
+    )
+
+    def __init__(self, connection: HttpProtocol, *, keep_alive: bool) -> None:
+        self.transport = connection.transport
+        self.flow = connection.flow
+        self.default_headers = connection.server_state.default_headers
+        self.on_response = connection.on_response_complete
+        self.keep_alive = keep_alive
+        self.waiting_for_100_continue = connection.expect_100_continue
+        self.disconnected = self.response_started = self.response_complete = False
+        self.parts: list[bytes] = []
+        self.size = self.unread = 0  # bytes of the body; those that came since somebody waited for some
+        self.more_body = True
+        self._waiter: asyncio.Future[None] | None = None
+
+    def arrival(self) -> asyncio.Future[None]:
+        """A future that is done when there is more of the body, or all of it."""
+        if self.waiting_for_100_continue and not self.transport.is_closing():
+            self.waiting_for_100_continue = False
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.unread = 0
+        self.flow.resume_reading()
+        self._waiter = asyncio.get_running_loop().create_future()
+        return self._waiter
+
+    def arrived(self) -> None:
+        """Wake who waits."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. `handler` is the task that serves it now; the gate sets and clears it."""
+    """One connection. `handler` is the task that serves its request, or has served the last one."""
 
     handler: asyncio.Task[None] | None = None
+    cycle: Cycle  # type: ignore[assignment]
 
     # Since when the client owes us the rest of a message; None while it owes nothing.
     _owes_since: float | None = None
@@ -52,7 +108,12 @@ class HttpProtocol(HttpToolsProtocol):
         self._owes_since = time.monotonic()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
+        self.connections.discard(self)
+        if self.cycle is not None:
+            self.cycle.disconnected = not self.cycle.response_complete
+        self.flow.resume_writing()
+        if exc is None:
+            self.transport.close()
         if self.handler is not None:
             self.handler.cancel()
 
@@ -97,8 +158,9 @@ class HttpProtocol(HttpToolsProtocol):
         return data
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope["connection"] = self  # type: ignore[typeddict-unknown-key]
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._between = False
         self._in_headers = True
         self._received = 0
@@ -108,24 +170,59 @@ class HttpProtocol(HttpToolsProtocol):
         # Counted only where it may be too many; `_received` may begin behind the newest bytes.
         if self._received + self._newest > MAX_HEADER_BYTES and self._header_bytes() > MAX_HEADER_BYTES:
             raise ValueError("answered by send_400_response, since it comes out as the parser's error")
-        if self.parser.should_upgrade():
-            if self.parser.get_method() == b"CONNECT":
+        parser = self.parser
+        if parser.should_upgrade():
+            if parser.get_method() == b"CONNECT":
                 raise ValueError("a request for a tunnel: as above")
             return  # the message comes again, see _ignore_upgrade
         self._in_headers = False
-        super().on_headers_complete()
-        if not self.parser.should_keep_alive():
-            # Not every uvicorn closes it then, but the parser takes no more: the next request would wait.
-            self.cycle.keep_alive = False
-        # Which cycle serves a request; with pipelining it is not always the connection's latest.
-        self.scope["cycle"] = self.cycle  # type: ignore[typeddict-unknown-key]
+        version = parser.get_http_version()
+        url = parse_url(self.url)
+        path = url.path.decode("ascii")
+        busy = self.cycle is not None and not self.cycle.response_complete
+        # The parser takes no more after a request that asks to close: the next one would wait.
+        cycle = self.cycle = Cycle(self, keep_alive=version != "1.0" and parser.should_keep_alive())
+        scope = {
+            "type": "http",
+            "http_version": version,
+            "method": parser.get_method().decode("ascii"),
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": url.path,
+            "query_string": url.query or b"",
+            "headers": self.headers,
+            "client": self.client,
+            "connection": self,
+            "cycle": cycle,  # with pipelining not always the connection's latest
+        }
+        if busy:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, scope))  # type: ignore[arg-type]
+        else:
+            self._serve(scope)
+
+    def _serve(self, scope: dict[str, Any]) -> None:
+        task = self.handler = self.loop.create_task(self.app(scope, None, None))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def on_body(self, body: bytes) -> None:
+        cycle = self.cycle
+        if cycle.response_complete:
+            return
+        cycle.parts.append(body)
+        cycle.size += len(body)
+        cycle.unread += len(body)
+        if cycle.unread > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.arrived()
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return
         self._between = True
         self._owes_since = None
-        super().on_message_complete()
+        self.cycle.more_body = False
+        self.cycle.arrived()
 
     def on_response_complete(self) -> None:
         """As uvicorn's, but idle connections are found by `sweep`: no timer is set for each answer."""
@@ -135,10 +232,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.flow.resume_reading()
         arriving = not self._between and not self._in_headers
         if self.pipeline:
-            cycle, app = self.pipeline.pop()
-            task = self.loop.create_task(cycle.run_asgi(app))
-            task.add_done_callback(self.tasks.discard)
-            self.tasks.add(task)
+            _, scope = self.pipeline.pop()
+            self._serve(scope)  # type: ignore[arg-type]
         elif arriving and self.cycle.response_complete:
             # Answered before the request was all here (413, 401): don't read the rest.
             self.transport.close()

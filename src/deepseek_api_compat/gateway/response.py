@@ -127,7 +127,6 @@ class Responder:
     async def _complete(self) -> None:
         cycle = self._cycle
         cycle.response_complete = True
-        cycle.message_event.set()
         if not cycle.keep_alive:
             cycle.transport.close()
         cycle.on_response()
