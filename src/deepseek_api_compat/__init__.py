@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from deepseek_api_compat.client.auth import AuthManager
+    from deepseek_api_compat.client.inputs import AudioInput, ImageInput
     from deepseek_api_compat.client.openai import AsyncOpenAI, OpenAI
 
-__all__ = ["AsyncOpenAI", "OpenAI", "__version__"]
+__all__ = ["AsyncOpenAI", "AudioInput", "AuthManager", "ImageInput", "OpenAI", "__version__"]
 
-_HOMES = {"OpenAI": "deepseek_api_compat.client.openai", "AsyncOpenAI": "deepseek_api_compat.client.openai"}
+_HOMES = {
+    "AsyncOpenAI": "deepseek_api_compat.client.openai",
+    "AudioInput": "deepseek_api_compat.client.inputs",
+    "AuthManager": "deepseek_api_compat.client.auth",
+    "ImageInput": "deepseek_api_compat.client.inputs",
+    "OpenAI": "deepseek_api_compat.client.openai",
+}
 
 
 def __getattr__(name: str) -> Any:
