@@ -29,6 +29,8 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 STAND_IN_ALIASES = ["deepseek-v3", "deepseek-chat"]
 # As browsers write it: lower case, no path, no "*", and not "null", which every sandboxed page is.
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
+# Of ZeroMQ, as far as engines publish there.
+_ENDPOINT = re.compile(r"tcp://([^\s:*]+|\[[0-9a-f:]+\]):[0-9]{1,5}|ipc:///\S+")
 
 
 class Section(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -97,7 +99,8 @@ class EngineSettings(Section, frozen=True):
 
     llamacpp, vllm, sglang: path, replicas, batch_size (slots), context (tokens per slot), how it is started
               (command, args, env); or base_url of one that runs already.
-    llamacpp: threads, gpu_layers, embedding. vllm, sglang: tensor_parallel.
+    llamacpp: threads, gpu_layers, embedding.
+    vllm, sglang: tensor_parallel; kv_events ("auto", "off", or with a base_url a ZeroMQ endpoint), kv_replay.
     openai:   base_url, model (its name there), api_key_env, concurrency (0: no cap).
     """
 
@@ -122,6 +125,8 @@ class EngineSettings(Section, frozen=True):
     stall_timeout: float = 120.0
     prefix_continuation: bool = False
     weight: float = 1.0
+    kv_events: str = "auto"
+    kv_replay: str | None = None
 
     @property
     def managed(self) -> bool:
@@ -378,6 +383,30 @@ def _engine_rules(where: str, engine: EngineSettings) -> list[tuple[bool, str]]:
         ),
         (engine.managed or engine.replicas == 1, f"{where}: one base_url is one replica"),
         (1 <= engine.tensor_parallel <= 1024, f"{where}: tensor_parallel must be between 1 and 1024"),
+        *_kv_rules(where, engine),
+    ]
+
+
+def _kv_rules(where: str, engine: EngineSettings) -> list[tuple[bool, str]]:
+    named = engine.kv_events not in ("auto", "off")
+    places = [engine.kv_events] * named + [engine.kv_replay] * (engine.kv_replay is not None)
+    rules = [
+        (
+            bool(_ENDPOINT.fullmatch(place or "")),
+            f"{where}: {place!r} is no ZeroMQ endpoint such as tcp://10.0.0.5:5557",
+        )
+        for place in places
+    ]
+    return [
+        *rules,
+        (
+            named or engine.kv_replay is None,
+            f"{where}: kv_replay is of no use without an endpoint as kv_events",
+        ),
+        (
+            not named or (engine.kind != "llamacpp" and not engine.managed),
+            f"{where}: kv_events names an endpoint of a vllm or sglang engine with a base_url only",
+        ),
     ]
 
 

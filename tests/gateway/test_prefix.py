@@ -8,15 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_api_compat.engines.kv_events import BlocksRemoved, BlocksStored, Cleared
 from deepseek_api_compat.gateway import prefix
-from deepseek_api_compat.gateway.prefix import (
-    BlockCache,
-    BlocksRemoved,
-    BlocksStored,
-    Cleared,
-    PrefixIndex,
-    chain,
-)
+from deepseek_api_compat.gateway.prefix import BlockCache, PrefixIndex, chain
 
 BLOCK = 4
 
@@ -182,6 +176,44 @@ def test_told_blocks_have_a_salt_too(index):
 def test_blocks_behind_an_unknown_parent_are_ignored(index):
     index.apply(0, stored([2], 1, (2,)))
     assert len(index) == 0
+
+
+def test_what_an_engine_that_tells_is_computing_counts_until_it_is_computed(index):
+    index.apply(0, stored([1], None, (1,)))
+    for prompt in (hashes(1, 2, 3), hashes(1, 2, 4)):
+        index.expect(0, prompt)
+    assert index.held(0, hashes(1, 2, 3)) == 3 * BLOCK
+    assert index.best(hashes(1, 2, 9), 1) == [0]
+    index.settle(0, hashes(1, 2, 3))
+    assert index.held(0, hashes(1, 2, 3)) == 2 * BLOCK
+    index.apply(0, stored([2], 1, (2,)))
+    index.settle(0, hashes(1, 2, 4))
+    assert index.held(0, hashes(1, 2, 4)) == 2 * BLOCK
+    index.apply(0, BlocksRemoved([2]))
+    index.apply(0, BlocksRemoved([1]))
+    assert len(index) == 0
+
+
+def test_what_is_being_computed_outlives_the_engines_word_on_the_rest(index):
+    index.apply(0, stored([1], None, (1,)))
+    index.expect(0, hashes(1, 2))
+    index.apply(0, BlocksRemoved([1]))
+    assert index.held(0, hashes(1, 2)) == 2 * BLOCK
+    index.apply(0, Cleared())
+    assert index.held(0, hashes(1, 2)) == 2 * BLOCK
+    assert index.best(hashes(1, 2), 1) == [0]
+    index.settle(0, hashes(1, 2))
+    index.settle(0, hashes(1, 2))
+    assert len(index) == 0
+    index.expect(0, hashes(5))
+    index.forget(0)
+    assert len(index) == 0
+
+
+def test_what_is_expected_of_an_engine_that_does_not_tell_is_an_estimate(index):
+    index.expect(0, hashes(1, 2))
+    index.settle(0, hashes(1, 2))
+    assert index.held(0, hashes(1, 2)) == 2 * BLOCK
 
 
 def test_an_engine_that_tells_without_end_fills_no_memory(index, monkeypatch):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from deepseek_api_compat.engines.kv_events import KVSource
 from deepseek_api_compat.protocol.job import Job, Piece
 from deepseek_api_compat.protocol.segment import Segment
 
@@ -111,7 +112,7 @@ class EngineState(msgspec.Struct, frozen=True):
     """A replica as the supervisor sees it; pushed to workers, printed by `engines list`.
 
     state: starting (also after a death) | ready | doubtful (it failed a request, and is looked at) | drained
-    (out of service, as an operator wished) | failed | stopping | stopped.
+    (out of service, as an operator wished) | failed | stopping | stopped. kv: where it tells of its KV cache.
     """
 
     model: str
@@ -125,6 +126,7 @@ class EngineState(msgspec.Struct, frozen=True):
     argv: list[str] = []
     memory: int = 0
     started: float = 0.0
+    kv: KVSource | None = None
 
 
 JsonObject = dict[str, Any]

@@ -6,6 +6,8 @@ Everything that differs from kind to kind, beyond the clients themselves, is her
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import json
 import socket as sockets
 import sys
 from collections.abc import Callable
@@ -14,9 +16,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from deepseek_api_compat.config import EngineSettings, child_environment, secret_from_env
+from deepseek_api_compat.config import EngineSettings, ModelSettings, child_environment, secret_from_env
 from deepseek_api_compat.engines import guard, hf_files, llamacpp
 from deepseek_api_compat.engines.base import Endpoint, EngineState, ModelInfo, TokenEngine
+from deepseek_api_compat.engines.kv_events import KVSource
 from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.engines.llamacpp import LlamaCpp
 from deepseek_api_compat.engines.process import ManagedProcess, Unfit
@@ -34,6 +37,14 @@ SGLANG = ("-m", "sglang.launch_server")
 # vLLM reports what it runs to its authors unless told not to.
 ENVIRONMENT = {"vllm": {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}}
 SECRETS = ("key", "token", "password", "secret")
+# Options of an engine that has several caches, one beside the GPU's or none, or whose events go elsewhere.
+TELLS_LITTLE = frozenset(
+    {
+        *("--kv-events-config", "--no-enable-prefix-caching", "--disable-radix-cache"),
+        *("--data-parallel-size", "-dp", "--dp-size", "--dp", "--data-parallel-size-local"),
+        *("--kv-transfer-config", "--kv-offloading-size", "--enable-hierarchical-cache"),
+    }
+)
 
 
 def client(settings: EngineSettings, state: EngineState) -> TokenEngine:
@@ -113,9 +124,46 @@ def listening_place(settings: EngineSettings, socket: Path) -> Endpoint:
             return Endpoint(port=probe.getsockname()[1])
     if len(str(socket).encode()) > SOCKET_PATH_MAX:
         raise ConfigError(f"The path {socket} is too long for a socket: choose a shorter data directory.")
-    socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    socket.parent.chmod(0o700)
+    _private(socket.parent)
     return Endpoint(uds=str(socket))
+
+
+def _private(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
+def kv_source(model: ModelSettings, engine: EngineSettings, socket: Path) -> KVSource | None:
+    """Where a replica tells of its KV cache, a managed one on sockets beside `socket`; None: nowhere.
+
+    Raises ConfigError for a configured endpoint that can't be read.
+    """
+    several = sum(one.replicas for one in model.engines) > 1
+    wanted = several and model.routing == "prefix" and engine.kv_events != "off"
+    if not wanted or engine.kind not in ("vllm", "sglang"):
+        return None
+    readable = importlib.util.find_spec("zmq") is not None
+    if not engine.managed:
+        if engine.kv_events == "auto":
+            return None
+        if not readable:
+            problem = "kv_events needs the extra kv-events: pip install 'deepseek-api-compat[kv-events]'"
+            raise ConfigError(f"Configuration: {problem}.")
+        return KVSource(engine.kv_events, engine.kv_replay)
+    paths = [socket.with_suffix(end) for end in (".kv", ".kvr")]
+    fits = all(len(str(path).encode()) <= SOCKET_PATH_MAX for path in paths)
+    if not readable or not fits or not _tells_all(engine, isolated=model.isolate_cache):
+        return None
+    _private(socket.parent)
+    return KVSource(*(f"ipc://{path}" for path in paths))
+
+
+def _tells_all(engine: EngineSettings, *, isolated: bool) -> bool:
+    """Whether its events say all that there is to know, and no more than can be followed."""
+    options = {part.split("=", 1)[0].replace("_", "-") for part in engine.args}
+    # SGLang tells no salts, and of each page by itself: of each token, unless it is given larger pages.
+    mute = engine.kind == "sglang" and (isolated or "--page-size" not in options)
+    return not mute and options.isdisjoint(TELLS_LITTLE)
 
 
 def managed(
@@ -126,9 +174,13 @@ def managed(
     log: Path,
     lifeline: Lifeline,
     on_change: Callable[[ManagedProcess], None] | None = None,
+    kv: KVSource | None = None,
 ) -> ManagedProcess:
-    """The process that serves `model` (a path, or a repository's name) at `endpoint`; not started yet."""
-    argv = _program(settings, model, endpoint)
+    """The process that serves `model` (a path, or a repository's name) at `endpoint`; not started yet.
+
+    kv: where it shall tell of its KV cache.
+    """
+    argv = _program(settings, model, endpoint, kv)
     if settings.kind == "llamacpp" and not settings.command:
         assert endpoint.uds is not None
         argv = llamacpp.embedded(settings, Path(model), Path(endpoint.uds), lifeline.fd)
@@ -145,7 +197,7 @@ def managed(
     )
 
 
-def _program(settings: EngineSettings, model: str, endpoint: Endpoint) -> list[str]:
+def _program(settings: EngineSettings, model: str, endpoint: Endpoint, kv: KVSource | None) -> list[str]:
     """The command line of the engine itself."""
     if settings.kind == "llamacpp":
         return llamacpp.llama_server(settings, Path(model), Path(endpoint.uds or ""))
@@ -164,6 +216,10 @@ def _program(settings: EngineSettings, model: str, endpoint: Endpoint) -> list[s
         options |= {"--max-running-requests": settings.batch_size, "--grammar-backend": "llguidance"}
         context, parallel = "--context-length", "--tp-size"
         flags = []
+    if kv is not None:
+        events = {"publisher": "zmq", "endpoint": kv.events, "replay_endpoint": kv.replay}
+        switch = {"enable_kv_cache_events": True} if settings.kind == "vllm" else {}
+        options["--kv-events-config"] = json.dumps({**switch, **events})
     if settings.context:
         options[context] = settings.context
     if settings.tensor_parallel > 1:

@@ -129,6 +129,8 @@ class Application:
     async def close(self) -> None:
         """End what was started besides; no request is served any more."""
         await self._templates.close()
+        for pool in self._pools:
+            await pool.close()
         if isinstance(self.limiter, RedisLimiter):
             await self.limiter.close()
         self.journal.close()

@@ -1,21 +1,28 @@
 """What one worker knows of the replicas of a model, and what that says about where a prompt goes.
 
 The policies are in `routing`, what replicas hold in `prefix`; here both get the gateway's facts. Load is that
-of all workers (the slot table's); prefixes, and prompts on their way, are those of this worker alone. What
-it thinks that replicas hold is corrected by the `cached_tokens` that they report.
+of all workers (the slot table's); prompts on their way are those of this worker alone. What replicas hold is
+what their engines tell (`tell`), else what this worker has sent them, corrected by the `cached_tokens` that
+they report. These also test what is told: an engine that keeps finding more than it told of is not believed.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 from deepseek_api_compat.config import ModelSettings
 from deepseek_api_compat.engines.base import EngineState
+from deepseek_api_compat.engines.kv_events import KVEvent
 from deepseek_api_compat.gateway.prefix import PrefixIndex, chain
 from deepseek_api_compat.gateway.routing import Candidate, Prompt, policy
 
 Load = Sequence[tuple[int, int]]  # of each replica: slots in use, slots in all
+# Answers in a row in which an engine found more than it had told of. One may be ahead of its event.
+MOST_UNTOLD = 8
+logger = logging.getLogger("deepseek_api")
 
 
 class Balance:
@@ -23,6 +30,9 @@ class Balance:
 
     def __init__(self, settings: ModelSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._index = PrefixIndex()
+        self._name = settings.name
+        self._untold: Counter[int] = Counter()
+        self._disbelieved: set[int] = set()
         self._policy = policy(settings.routing, self._index, slow_start=settings.slow_start)
         self._weights = [engine.weight for engine in settings.engines for _ in range(engine.replicas)]
         self._pending = [0] * len(self._weights)
@@ -42,7 +52,7 @@ class Balance:
                 self._ready_since[replica] = -1e9 if self._first else self._clock()
                 if self._pids.get(replica) != state.pid:
                     self._pids[replica] = state.pid
-                    self._index.forget(replica)
+                    self.begin(replica)
                 if state.info is not None:
                     self._index.resize(replica, state.info.context * max(1, state.info.slots))
         self._first = self._first and not self._ready_since
@@ -70,36 +80,79 @@ class Balance:
         homes = [] if order else self._policy.homes(prompt, candidates)
         return order, homes[0] if homes else -1
 
+    def begin(self, replica: int) -> None:
+        """The replica is new, or has told with a gap: from here on it is estimated, until it tells anew."""
+        self._index.forget(replica)
+        self._untold.pop(replica, None)
+        self._disbelieved.discard(replica)
+
+    def tell(self, replica: int, events: Iterable[KVEvent]) -> None:
+        """What the engine says of its cache: all since it was empty, in order, or `begin` anew."""
+        if replica not in self._disbelieved:
+            for event in events:
+                self._index.apply(replica, event)
+
+    def told(self, replica: int) -> bool:
+        """Whether what the replica holds is known from its engine."""
+        return self._index.told(replica)
+
     def send(self, replica: int, prompt: Prompt) -> Visit:
         """The prompt goes to the replica now."""
         tokens = max(1, prompt.tokens - self._index.held(replica, prompt.hashes))
-        self._index.insert(replica, prompt.hashes)
-        return Visit(self._index, self._pending, replica, prompt, tokens)
+        self._index.expect(replica, prompt.hashes)
+        self._pending[replica] += tokens
+        return Visit(self, replica, prompt, tokens)
+
+    def computed(self, replica: int, prompt: Prompt, tokens: int) -> None:
+        """The prompt that was sent has its first token, or was given up; `tokens` were to be computed."""
+        self._pending[replica] -= tokens
+        self._index.settle(replica, prompt.hashes)
+
+    def ended(self, replica: int, prompt: Prompt, ids: Sequence[int], salt: str, cached: int) -> None:
+        """The engine has found `cached` tokens of the prompt, and holds prompt and answer, `ids`."""
+        if self._index.told(replica):
+            self._check(replica, prompt, cached)
+        else:
+            self._index.correct(replica, prompt.hashes, cached)
+            self._index.insert(replica, chain(ids, self._index.block, salt.encode()))
+
+    def _check(self, replica: int, prompt: Prompt, cached: int) -> None:
+        """Whether it had told of what it found: such blocks can't have been evicted, for they were in use."""
+        block = self._index.block
+        if self._index.held(replica, prompt.hashes) >= cached // block * block:
+            self._untold.pop(replica, None)
+            return
+        self._untold[replica] += 1
+        if self._untold[replica] >= MOST_UNTOLD:
+            logger.warning(
+                "%s %d: its KV events leave out what it finds in its cache; estimates instead.",
+                self._name,
+                replica,
+            )
+            self.begin(replica)
+            self._disbelieved.add(replica)
 
 
 class Visit:
     """One prompt at one replica: `begun` with its first token, `ended` if it comes to that. `close` it."""
 
-    __slots__ = ("_index", "_pending", "_prompt", "_replica", "_tokens")
+    __slots__ = ("_balance", "_open", "_prompt", "_replica", "_tokens")
 
-    def __init__(
-        self, index: PrefixIndex, pending: list[int], replica: int, prompt: Prompt, tokens: int
-    ) -> None:
-        self._index = index
-        self._pending = pending
+    def __init__(self, balance: Balance, replica: int, prompt: Prompt, tokens: int) -> None:
+        self._balance = balance
         self._replica = replica
         self._prompt = prompt
-        self._tokens = tokens  # still to be computed, as far as known
-        pending[replica] += tokens
+        self._tokens = tokens  # to be computed, as far as known
+        self._open = True
 
     def close(self) -> None:
         """It is computed, or given up."""
-        self._pending[self._replica] -= self._tokens
-        self._tokens = 0
+        if self._open:
+            self._open = False
+            self._balance.computed(self._replica, self._prompt, self._tokens)
 
     begun = close
 
     def ended(self, ids: Sequence[int], salt: str, cached: int) -> None:
         """The engine holds prompt and answer, `ids`, and found `cached` tokens of them in its cache."""
-        self._index.correct(self._replica, self._prompt.hashes, cached)
-        self._index.insert(self._replica, chain(ids, self._index.block, salt.encode()))
+        self._balance.ended(self._replica, self._prompt, ids, salt, cached)

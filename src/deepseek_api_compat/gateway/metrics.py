@@ -94,6 +94,11 @@ class PoolCollector:
         up = GaugeMetricFamily(
             "deepseek_engine_up", "1 while a replica can answer.", labels=["model", "replica", "kind"]
         )
+        exact = GaugeMetricFamily(
+            "deepseek_prefixes_exact",
+            "1 while the engine tells what it holds in its KV cache; 0: it is estimated.",
+            labels=["model", "replica"],
+        )
         for pool in self._pools:
             if pool.leased:
                 used, total, waiting = pool.usage()
@@ -102,7 +107,9 @@ class PoolCollector:
                 queue.add_metric([pool.name], waiting)
             for state in pool.states:
                 up.add_metric([pool.name, str(state.replica), state.kind], float(state.state == "ready"))
-        return [slots, queue, up]
+                if state.kv is not None:
+                    exact.add_metric([pool.name, str(state.replica)], float(pool.tells(state.replica)))
+        return [slots, queue, up, exact]
 
 
 class LedgerCollector:

@@ -24,6 +24,7 @@ from deepseek_api_compat.errors import (
 )
 from deepseek_api_compat.gateway.balance import Balance, Visit
 from deepseek_api_compat.gateway.breaker import Breaker, blames_replica, is_gone
+from deepseek_api_compat.gateway.kv_feeds import Feeds
 from deepseek_api_compat.gateway.slots import Lease, Leases
 from deepseek_api_compat.protocol.continuation import Continuation
 from deepseek_api_compat.protocol.job import Job, Piece
@@ -69,6 +70,7 @@ class ModelPool:
         self._upstreams: dict[int, Upstream] = {}
         several = sum(engine.replicas for engine in settings.engines) > 1
         self._balance = Balance(settings) if several and self.kind == "token" else None
+        self._feeds = Feeds(self._balance) if self._balance is not None else None
         self._waiters: set[asyncio.Future[None]] = set()
         self._breakers: defaultdict[int, Breaker] = defaultdict(Breaker)  # of chat upstreams
         self._failed: Counter[int] = Counter()  # jobs since one was completed, by replica
@@ -91,12 +93,22 @@ class ModelPool:
                     dropped.append(engine)
                 if not drained and (upstream := self._upstreams.pop(replica, None)) is not None:
                     dropped.append(upstream)  # its answers can't go on elsewhere
-        if self._balance is not None:
+        if self._balance is not None and self._feeds is not None:
             self._balance.update(states)
+            self._feeds.update(states)
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
         return dropped
+
+    async def close(self) -> None:
+        """Read nothing more of what engines tell."""
+        if self._feeds is not None:
+            await self._feeds.close()
+
+    def tells(self, replica: int) -> bool:
+        """Whether the engine tells what it holds in its KV cache, without a gap so far."""
+        return self._balance is not None and self._balance.told(replica)
 
     @property
     def ready(self) -> bool:

@@ -8,7 +8,9 @@ know them:
 - **Estimated**: `insert` when a prompt is sent and when its answer ends; `correct` with the `cached_tokens`
   that the engine reports.
 - **Exact**: `apply` what the engine tells of its cache (the KV events of vLLM and SGLang, as `KVEvent`s).
-  From the first event on a replica's estimates are ignored, until it is forgotten.
+  From the first event on a replica's estimates are ignored, until it is forgotten. Only what it is computing
+  at the moment counts besides, from `expect` to `settle`, so that prompts with one beginning that come at one
+  time stay together.
 
 Whatever clients send, a replica costs at most its capacity in memory, and a question costs no more than the
 prompt has blocks. A hash collision misjudges one prompt's cost and nothing else. Nothing here does I/O.
@@ -18,12 +20,20 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Container, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
 
 import msgspec
+
+from deepseek_api_compat.engines.kv_events import (
+    BlocksRemoved,
+    BlocksStored,
+    Cleared,
+    EngineHash,
+    KVEvent,
+)
 
 BLOCK = 64  # tokens
 # Of a replica whose cache size isn't known: 16,384 blocks, a million tokens.
@@ -33,8 +43,6 @@ MOST_TOLD = 1 << 18
 
 # How many holders of a block are skipped at most to come to those whose turn it is: some microseconds.
 FARTHEST = 1024
-
-EngineHash = int | bytes
 
 
 def chain(ids: Sequence[int], block: int = BLOCK, salt: bytes = b"") -> list[int]:
@@ -55,33 +63,6 @@ def _root(salt: bytes) -> bytes:
     return blake2b(salt, digest_size=8).digest()
 
 
-class BlocksStored(msgspec.Struct, frozen=True):
-    """The engine keeps these blocks now: one after another, the first behind `parent` (None: at the start).
-
-    `blocks` are the engine's own hashes, `ids` all their tokens, `block_size` each. `salt` matters in a first
-    block only.
-    """
-
-    blocks: Sequence[EngineHash]
-    parent: EngineHash | None
-    ids: Sequence[int]
-    block_size: int
-    salt: bytes = b""
-
-
-class BlocksRemoved(msgspec.Struct, frozen=True):
-    """The engine has evicted these of its blocks."""
-
-    blocks: Sequence[EngineHash]
-
-
-class Cleared(msgspec.Struct, frozen=True):
-    """The engine's cache is empty."""
-
-
-KVEvent = BlocksStored | BlocksRemoved | Cleared
-
-
 class BlockCache:
     """A set of blocks that forgets the least recently used ones: at most `most` of them."""
 
@@ -95,12 +76,15 @@ class BlockCache:
     def __iter__(self) -> Iterator[int]:
         return iter(self._blocks)
 
-    def longest(self, hashes: Sequence[int]) -> int:
-        """How many of the chain's first blocks are here."""
+    def __contains__(self, block: int) -> bool:
+        return block in self._blocks
+
+    def longest(self, hashes: Sequence[int], expected: Container[int] = ()) -> int:
+        """How many of the chain's first blocks are here, or among those `expected`."""
         blocks = self._blocks
         count = 0
         for block in hashes:
-            if block not in blocks:
+            if block not in blocks and block not in expected:
                 break
             count += 1
         return count
@@ -143,6 +127,7 @@ class _ToldCache:
     def __init__(self, block: int) -> None:
         self._block = block
         self._tails: OrderedDict[EngineHash, _Tail] = OrderedDict()
+        self.expected: Counter[int] = Counter()  # blocks that are being computed: by how many prompts
 
     def store(self, event: BlocksStored) -> tuple[list[int], list[int]]:
         """Our blocks that came with the event, and those that had to go because the engine told too many."""
@@ -167,6 +152,17 @@ class _ToldCache:
     def remove(self, names: Iterable[EngineHash]) -> list[int]:
         tails = [self._tails.pop(name, None) for name in names]
         return [block for tail in tails if tail is not None for block in tail.whole]
+
+    def settle(self, hashes: Iterable[int]) -> list[int]:
+        """One prompt less expects these; returns those that none does now."""
+        expected = self.expected
+        gone = []
+        for block in hashes:
+            if expected[block] > 1:
+                expected[block] -= 1
+            elif expected.pop(block, 0):
+                gone.append(block)
+        return gone
 
     def _extend(self, tail: _Tail, ids: Sequence[int]) -> _Tail:
         rest = [*tail.rest, *ids]
@@ -211,7 +207,10 @@ class PrefixIndex:
     def held(self, replica: int, hashes: Sequence[int]) -> int:
         """How many tokens of the chain's beginning the replica holds."""
         cache = self._caches.get(replica)
-        return 0 if cache is None else cache.longest(hashes) * self.block
+        if cache is None:
+            return 0
+        told = self._told.get(replica)
+        return cache.longest(hashes, told.expected if told is not None else ()) * self.block
 
     def longest(self, hashes: Sequence[int]) -> dict[int, int]:
         """Tokens held by each replica that holds any."""
@@ -247,6 +246,26 @@ class PrefixIndex:
             self._hold(replica, came)
             self._let_go(replica, went)
 
+    def expect(self, replica: int, hashes: Sequence[int]) -> None:
+        """The chain is on its way: an `insert`; where the engine tells itself it counts until `settle`."""
+        told = self._told.get(replica)
+        if told is None:
+            self.insert(replica, hashes)
+        else:
+            told.expected.update(hashes)
+            self._hold(replica, hashes)
+
+    def settle(self, replica: int, hashes: Sequence[int]) -> None:
+        """What was expected is computed, or given up: from here on the engine's word alone counts."""
+        told = self._told.get(replica)
+        if told is not None:
+            cache = self._cache(replica)
+            self._let_go(replica, [block for block in told.settle(hashes) if block not in cache])
+
+    def told(self, replica: int) -> bool:
+        """Whether the engine tells itself what it holds."""
+        return replica in self._told
+
     def correct(self, replica: int, hashes: Sequence[int], cached_tokens: int) -> None:
         """The engine found `cached_tokens` of this chain in its cache: it holds these and not the rest.
 
@@ -265,19 +284,26 @@ class PrefixIndex:
         """
         told = self._told.get(replica)
         if told is None or isinstance(event, Cleared):
+            expected = told.expected if told is not None else Counter[int]()
             self.forget(replica)
             told = self._told[replica] = _ToldCache(self.block)
+            told.expected = expected
+            self._hold(replica, expected)
             self._caches[replica] = BlockCache(sys.maxsize)
+        cache = self._cache(replica)
+        went: list[int] = []
         if isinstance(event, BlocksStored):
             came, went = told.store(event)
-            self._hold(replica, self._cache(replica).use(came)[0])
-            self._let_go(replica, self._cache(replica).discard(went))
+            self._hold(replica, cache.use(came)[0])
         elif isinstance(event, BlocksRemoved):
-            self._let_go(replica, self._cache(replica).discard(told.remove(event.blocks)))
+            went = told.remove(event.blocks)
+        self._let_go(replica, [block for block in cache.discard(went) if block not in told.expected])
 
     def forget(self, replica: int) -> None:
         """The replica has been restarted, or is gone: it holds nothing. Its size stays known."""
-        self._told.pop(replica, None)
+        told = self._told.pop(replica, None)
+        if told is not None:
+            self._let_go(replica, told.expected)
         cache = self._caches.pop(replica, None)
         if cache is not None:
             self._let_go(replica, cache)

@@ -15,6 +15,7 @@ import msgspec
 from deepseek_api_compat.config import EngineSettings, Settings
 from deepseek_api_compat.engines import hf_files, kinds
 from deepseek_api_compat.engines.base import Endpoint, EngineState, ModelInfo, TokenEngine
+from deepseek_api_compat.engines.kv_events import KVSource
 from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.engines.process import ManagedProcess
 from deepseek_api_compat.engines.readiness import ready
@@ -48,13 +49,22 @@ class Replica(ABC):
         self.pid: int | None = None
         self.info: ModelInfo | None = None
         self.endpoint = Endpoint()
+        self.kv: KVSource | None = None
         self._on_change = on_change
         self._held = False  # out of service, by an operator's wish
         self._examination: asyncio.Future[None] | None = None
 
     def describe(self) -> EngineState:
         return EngineState(
-            self.model, self.number, self.kind, self.state, self.endpoint, self.pid, self.detail, self.info
+            self.model,
+            self.number,
+            self.kind,
+            self.state,
+            self.endpoint,
+            self.pid,
+            self.detail,
+            self.info,
+            kv=self.kv,
         )
 
     @abstractmethod
@@ -179,8 +189,10 @@ class AttachedEngine(WatchedUpstream):
         settings: EngineSettings,
         format: str,
         on_change: Callable[[Replica], None],
+        kv: KVSource | None = None,
     ) -> None:
         super().__init__(pool, model, number, settings, on_change)
+        self.kv = kv
         self._settings = settings
         self._format = format
 
@@ -221,12 +233,13 @@ class ManagedEngine(Replica):
         data_dir: Path,
         lifeline: Lifeline,
         on_change: Callable[[Replica], None],
+        kv: KVSource | None = None,
     ) -> None:
         super().__init__(pool, model, number, settings.kind, on_change)
+        self.kv = kv
         self._path = settings.path or ""
         self._format = format
-        socket = data_dir / "run" / "engines" / f"{pool}-{number}.sock"
-        self.endpoint = kinds.listening_place(settings, socket)
+        self.endpoint = kinds.listening_place(settings, _socket(data_dir, pool, number))
         self.slots = settings.batch_size
         self._new_process = partial(
             kinds.managed,
@@ -235,6 +248,7 @@ class ManagedEngine(Replica):
             log=data_dir / "logs" / f"engine-{pool}-{number}.log",
             lifeline=lifeline,
             on_change=self._follow,
+            kv=kv,
         )
         self._process = self._new_process(model=self._path)
         self._memory = 0
@@ -379,12 +393,17 @@ def replicas_of(
         for engine in model.engines:
             for _ in range(engine.replicas):
                 where = (pool, model.name, number, engine)
+                kv = kinds.kv_source(model, engine, _socket(settings.data_dir, pool, number))
                 if engine.kind == "openai":
                     replicas.append(WatchedUpstream(*where, on_change))
                 elif engine.managed:
-                    managed = ManagedEngine(*where, model.format, settings.data_dir, lifeline, on_change)
+                    managed = ManagedEngine(*where, model.format, settings.data_dir, lifeline, on_change, kv)
                     replicas.append(managed)
                 else:
-                    replicas.append(AttachedEngine(*where, model.format, on_change))
+                    replicas.append(AttachedEngine(*where, model.format, on_change, kv))
                 number += 1
     return replicas
+
+
+def _socket(data_dir: Path, pool: int, number: int) -> Path:
+    return data_dir / "run" / "engines" / f"{pool}-{number}.sock"
