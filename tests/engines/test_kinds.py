@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from deepseek_api_compat.config import EngineSettings
+from deepseek_api_compat.config import EngineSettings, ModelSettings, load
 from deepseek_api_compat.engines import kinds
 from deepseek_api_compat.engines.base import Endpoint
+from deepseek_api_compat.engines.kv_events import KVSource
 from deepseek_api_compat.engines.lifeline import Lifeline
 from deepseek_api_compat.engines.process import ManagedProcess, Unfit
 from deepseek_api_compat.engines.readiness import check_record
@@ -23,12 +25,14 @@ from fakes.token_servers import BEGIN, SONG, FakeVllm, singing, write_folder
 PLACE = Endpoint(uds="/run/e.sock")
 
 
-def started(settings: EngineSettings, model: str, endpoint: Endpoint = PLACE) -> list[str]:
+def started(
+    settings: EngineSettings, model: str, endpoint: Endpoint = PLACE, kv: KVSource | None = None
+) -> list[str]:
     """The command line behind the guard's own."""
     lifeline = Lifeline()
     try:
         process = kinds.managed(
-            settings, model=model, endpoint=endpoint, log=Path("e.log"), lifeline=lifeline
+            settings, model=model, endpoint=endpoint, log=Path("e.log"), lifeline=lifeline, kv=kv
         )
     finally:
         lifeline.close()
@@ -65,6 +69,89 @@ def test_sglang_listens_on_a_port() -> None:
         str(endpoint.port),
         "2",
     )
+
+
+@pytest.mark.parametrize(("kind", "switch"), [("vllm", {"enable_kv_cache_events": True}), ("sglang", {})])
+def test_an_engine_is_told_where_to_publish(kind: Any, switch: dict[str, bool]) -> None:
+    places = {"endpoint": "ipc:///run/e.kv", "replay_endpoint": "ipc:///run/e.kvr"}
+    settings = EngineSettings(kind=kind, path="m")
+    argv = started(settings, "m", kv=KVSource(*places.values()))
+    config = dict(pairwise(argv))["--kv-events-config"]
+    assert json.loads(config) == {"publisher": "zmq", **places, **switch}
+    assert "--kv-events-config" not in started(settings, "m")
+
+
+PAGES = ["--page-size", "64"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "model", "told"),
+    [
+        ({"kind": "vllm"}, {}, True),
+        ({"kind": "vllm", "replicas": 1}, {}, False),
+        ({"kind": "vllm"}, {"routing": "least-load"}, False),
+        ({"kind": "vllm", "kv_events": "off"}, {}, False),
+        ({"kind": "vllm"}, {"isolate_cache": True}, True),
+        ({"kind": "vllm", "args": ["--data_parallel_size=2"]}, {}, False),
+        ({"kind": "vllm", "args": ["--kv-events-config", "{}"]}, {}, False),
+        ({"kind": "vllm", "args": ["--no-enable-prefix-caching"]}, {}, False),
+        ({"kind": "sglang"}, {}, False),
+        ({"kind": "sglang", "args": PAGES}, {}, True),
+        ({"kind": "sglang", "args": PAGES}, {"isolate_cache": True}, False),
+        ({"kind": "sglang", "args": [*PAGES, "--dp-size", "2"]}, {}, False),
+        ({"kind": "llamacpp"}, {}, False),
+    ],
+)
+def test_who_is_asked_to_publish(
+    engine: dict[str, Any], model: dict[str, Any], told: bool, tmp_path: Path
+) -> None:
+    settings = EngineSettings(**{"path": "m", "replicas": 2, **engine})
+    socket = Path("/tmp") / tmp_path.name / "0-1.sock"
+    source = kinds.kv_source(ModelSettings(name="m", engines=[settings], **model), settings, socket)
+    places = KVSource(f"ipc://{socket.parent}/0-1.kv", f"ipc://{socket.parent}/0-1.kvr")
+    assert source == (places if told else None)
+
+
+def test_nobody_is_asked_to_publish_where_nobody_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    managed = EngineSettings(kind="vllm", path="m", replicas=2)
+    attached = EngineSettings(kind="vllm", base_url="http://h:1", kv_events="tcp://h:2")
+    model = ModelSettings(name="m", engines=[managed, attached])
+    assert kinds.kv_source(model, managed, Path("e.sock")) is None
+    with pytest.raises(ConfigError, match=r"pip install 'deepseek-api-compat\[kv-events\]'"):
+        kinds.kv_source(model, attached, Path("e.sock"))
+
+
+def test_nobody_is_asked_to_publish_on_a_path_that_is_too_long(tmp_path: Path) -> None:
+    engine = EngineSettings(kind="vllm", path="m", replicas=2)
+    model = ModelSettings(name="m", engines=[engine])
+    assert kinds.kv_source(model, engine, tmp_path / ("x" * 100) / "e.sock") is None
+
+
+def test_an_engine_that_is_there_is_read_where_it_publishes() -> None:
+    engines = [
+        EngineSettings(kind="vllm", base_url="http://h:1", kv_events="tcp://h:2", kv_replay="tcp://h:3"),
+        EngineSettings(kind="vllm", base_url="http://i:1"),
+    ]
+    model = ModelSettings(name="m", engines=engines)
+    assert kinds.kv_source(model, engines[0], Path("e.sock")) == KVSource("tcp://h:2", "tcp://h:3")
+    assert kinds.kv_source(model, engines[1], Path("e.sock")) is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "problem"),
+    [
+        ('base_url = "http://h:1"\nkv_events = "h:5557"', "'h:5557' is no ZeroMQ endpoint"),
+        ('base_url = "http://h:1"\nkv_events = "tcp://*:5557"', "is no ZeroMQ endpoint"),
+        ('base_url = "http://h:1"\nkv_replay = "tcp://h:5557"', "kv_replay is of no use"),
+        ('path = "m"\nkv_events = "tcp://h:5557"', "with a base_url only"),
+    ],
+)
+def test_wrong_settings_of_events_are_named(engine: str, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(f'[[models]]\nname = "m"\n[[models.engines]]\nkind = "vllm"\n{engine}\n')
+    with pytest.raises(ConfigError, match=rf"models\.m: .*{re.escape(problem)}"):
+        load(str(file), environ={})
 
 
 def test_llama_server_takes_its_own_options() -> None:
