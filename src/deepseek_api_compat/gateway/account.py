@@ -104,13 +104,13 @@ class Account:
         """
         self._price = price = self._books.prices.find(pool.name)
         grant = self.grant
-        answer = self._books.limiter.estimate(self.principal, pool.index, prompt, limit) if answers else 0
-        try:
-            await grant.reserve(pool.index, prompt + answer * answers, price.of(prompt, 0, answer * answers))
-        except OverLimit as error:
-            self._headers += rate_headers(None, error.tokens)
-            raise
-        if grant.tokens is not None:
+        if grant.reserves(pool.index):
+            answer = self._books.limiter.estimate(self.principal, pool.index, prompt, limit) * answers
+            try:
+                await grant.reserve(pool.index, prompt + answer, price.of(prompt, 0, answer))
+            except OverLimit as error:
+                self._headers += rate_headers(None, error.tokens)
+                raise
             self._headers += rate_headers(None, grant.tokens)
         self._reserved = True
 

@@ -177,6 +177,7 @@ class Journal:
         self._no_disk: str | None = None
         self._directory = directory
         self._settings = settings
+        self.waits = settings.fsync == "always"  # must a request wait for `synced`?
         self._table: LiveTable | None = None
         self._free: list[Row] = []
         self._segments: list[Segment] = []  # the first one is written to
@@ -193,11 +194,6 @@ class Journal:
     @property
     def problem(self) -> str | None:
         return self._no_room or self._no_disk
-
-    @property
-    def waits(self) -> bool:
-        """Must a request wait for `synced`?"""
-        return self._settings.fsync == "always"
 
     @property
     def refuses(self) -> bool:

@@ -92,6 +92,10 @@ class Grant(Protocol):
     @property
     def tokens(self) -> Allowance | None: ...
 
+    def reserves(self, model: int) -> bool:
+        """Whether anything that `reserve` counts is limited; if not, there is no need to call it."""
+        ...
+
     async def reserve(self, model: int, tokens: int, money: int) -> None:
         """Reserve for model number `model`. Once, and before anything is used.
 

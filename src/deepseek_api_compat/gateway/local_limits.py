@@ -104,7 +104,7 @@ class LocalLimiter:
     async def admit_request(self, principal: Principal) -> LocalGrant:
         plan = self.plans.of(principal)
         base = self._offset + plan.account * ACCOUNT
-        grant = LocalGrant(self, plan, base, self._ints[base + LIFE])
+        grant = LocalGrant(self, plan, base, self._ints[base + LIFE], self.today())
         if plan.plain and self._admit_quickly(grant, plan, base):
             return grant
         if plan.requests or plan.concurrency:
@@ -275,7 +275,7 @@ class LocalLimiter:
     def _spend(self, grant: LocalGrant, tokens: int, money: int) -> None:
         """What `settle` does where nothing was reserved."""
         ints, base, account = self._ints, grant.base, grant.plan.account
-        day = int(self._wall()) // DAY if grant.day < 0 else grant.day
+        day = grant.day
         lockf(self._fd, LOCK_EX, 1, _LOCKS + account)
         if ints[base + LIFE] == grant.life:
             if day > ints[base + TODAY]:
@@ -383,7 +383,7 @@ class LocalLimiter:
             if ints[grant.row + side + RUNS]:
                 self._stopped(base, now - grant.since)
         ints[base + SPENT] += money
-        if in_day or grant.day < 0:
+        if in_day:
             ints[base + TODAY_USED] += tokens
         if plan.tokens is not None:
             more = tokens - (grant.reserved_tokens if entry >= 0 else 0)
@@ -564,20 +564,23 @@ class LocalGrant:
     reserved_tokens = 0
     reserved_money = 0
     row = -1
-    day = -1  # of the reservation
     since = 0.0
     open = True
 
-    def __init__(self, limiter: LocalLimiter, plan: Plan, base: int, life: int) -> None:
+    def __init__(self, limiter: LocalLimiter, plan: Plan, base: int, life: int, day: int) -> None:
         self._limiter = limiter
         self.plan = plan
         self.base = base
         self.life = life
+        self.day = day  # of the reservation; until there is one, of the admission
+
+    def reserves(self, model: int) -> bool:
+        return self.plan.reserves or self._limiter.plans.models[model].limits or self.row >= 0
 
     async def reserve(self, model: int, tokens: int, money: int) -> None:
         self.day = self._limiter.today()
         limits = self._limiter.plans.models[model]
-        if limits.limits or self.plan.reserves or self.row >= 0:
+        if self.reserves(model):
             try:
                 self._limiter.reserve(self, limits if limits.limits else None, tokens, money)
             except EngineUnavailable:

@@ -68,7 +68,9 @@ class ModelPool:
         self._states: dict[int, EngineState] = {}
         self._engines: dict[int, TokenEngine] = {}
         self._upstreams: dict[int, Upstream] = {}
-        several = sum(engine.replicas for engine in settings.engines) > 1
+        # Of each replica, by its number: those of the first engine, then those of the next.
+        self._configs = [engine for engine in settings.engines for _ in range(engine.replicas)]
+        several = len(self._configs) > 1
         self._balance = Balance(settings) if several and self.kind == "token" else None
         self._feeds = Feeds(self._balance) if self._balance is not None else None
         self._waiters: set[asyncio.Future[None]] = set()
@@ -157,8 +159,10 @@ class ModelPool:
 
     async def upstream(self, avoid: Collection[int] = ()) -> tuple[EngineState, Upstream]:
         """A ready chat upstream, each in turn; one to `avoid` or that keeps failing if there is no other."""
-        await self.any_ready()
-        order = self.upstreams(avoid) or self.upstreams(())
+        order = self.upstreams(avoid)
+        if not order:
+            await self.any_ready()
+            order = self.upstreams(avoid) or self.upstreams(())
         state = self._states[order[0]]
         return state, self.upstream_of(state)
 
@@ -202,15 +206,12 @@ class ModelPool:
 
     def not_continuing(self) -> set[int]:
         """The upstreams that don't."""
-        engines = self.settings.engines
-        return {
-            replica for replica in self._states if not engines[self._engine_of(replica)].prefix_continuation
-        }
+        return {replica for replica in self._states if not self._configs[replica].prefix_continuation}
 
     def upstream_of(self, state: EngineState) -> Upstream:
         client = self._upstreams.get(state.replica)
         if client is None:
-            config = self.settings.engines[self._engine_of(state.replica)]
+            config = self._configs[state.replica]
             client = self._upstreams[state.replica] = Upstream(
                 state.endpoint, connect_timeout=config.connect_timeout, read_timeout=config.read_timeout
             )
@@ -218,7 +219,7 @@ class ModelPool:
 
     def upstream_model(self, state: EngineState) -> str:
         """The model's name at that upstream."""
-        return self.settings.engines[self._engine_of(state.replica)].model or self.name
+        return self._configs[state.replica].model or self.name
 
     def state_of(self, replica: int) -> EngineState:
         return self._states[replica]
@@ -339,17 +340,9 @@ class ModelPool:
     def _engine(self, replica: int) -> TokenEngine:
         engine = self._engines.get(replica)
         if engine is None:
-            config = self.settings.engines[self._engine_of(replica)]
+            config = self._configs[replica]
             engine = self._engines[replica] = kinds.client(config, self._states[replica])
         return engine
-
-    def _engine_of(self, replica: int) -> int:
-        """Which configured engine a replica number belongs to."""
-        for position, engine in enumerate(self.settings.engines):
-            if replica < engine.replicas:
-                return position
-            replica -= engine.replicas
-        raise AssertionError("replica numbers come from these settings")
 
     async def any_ready(self) -> EngineState:
         """A ready replica, as soon as there is one. Raises EngineUnavailable if none can be expected."""

@@ -27,6 +27,8 @@ class Price(NamedTuple):
     def of(self, prompt: int, cached: int, completion: int) -> int:
         """Micro-units for so many tokens; `cached` ones are part of `prompt`."""
         total = (prompt - cached) * self.prompt + cached * self.cached + completion * self.completion
+        if not total:
+            return 0
         whole, rest = divmod(total, MICRO)
         return whole + (rest * 2 + (whole & 1) > MICRO)
 

@@ -277,11 +277,14 @@ class RedisGrant:
         self.requests = Allowance(*reply.requests) if reply.requests else self.requests
         self.tokens = Allowance(*reply.tokens) if reply.tokens else self.tokens
 
+    def reserves(self, model: int) -> bool:
+        return self.plan.reserves or self._limiter.local.plans.models[model].limits or self.stored
+
     async def reserve(self, model: int, tokens: int, money: int) -> None:
         limits = self._limiter.local.plans.models[model]
-        if limits.reserves or limits.requests or limits.concurrency:
+        if limits.limits:
             self.model = limits
-        if self.model or self.plan.reserves or self.stored:
+        if self.reserves(model):
             await self._limiter.reserve(self, tokens, money)
             self.stored = True
             self.told = tokens, money
@@ -323,9 +326,12 @@ class LonelyGrant:
     def tokens(self) -> Allowance | None:
         return self._local.tokens
 
+    def reserves(self, model: int) -> bool:
+        return self._local.reserves(model)
+
     async def reserve(self, model: int, tokens: int, money: int) -> None:
         limits = self._limiter.local.plans.models[model]
-        if limits.reserves or limits.requests or limits.concurrency:
+        if limits.limits:
             self._told.model = limits
         await self._local.reserve(model, tokens, money)
 

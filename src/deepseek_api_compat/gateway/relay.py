@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from deepseek_api_compat.engines.upstream import Response, Upstream
+from deepseek_api_compat.engines.upstream import Response
 from deepseek_api_compat.errors import (
     ApiError,
     EngineFailed,
@@ -116,7 +116,9 @@ async def relay(
             admitted = pool.admit(state.replica)
             response = None
             try:
-                response = await _begun(upstream, path, request, account.tally)
+                response = await upstream.request("POST", path, request)
+                if response.status != 200:
+                    raise upstream_error(response, await response.read())
                 if stream:
                     await _relay_events(response, out, account, sent, hide_usage=not wants_usage)
                 else:
@@ -124,6 +126,8 @@ async def relay(
                 pool.told(state.replica, admitted, None)
                 return
             except BaseException as error:
+                if isinstance(error, ApiError) and (response is None or response.status != 200):
+                    account.tally.prompt_tokens = 0  # no prompt was worked on
                 pool.told(state.replica, admitted, error)
                 raise
             finally:
@@ -141,21 +145,6 @@ async def relay(
         finally:
             if lease is not None:
                 lease.release()
-
-
-async def _begun(upstream: Upstream, path: str, body: bytes, tally: Tally) -> Response:
-    """The upstream's answer, once it is one. Raises ApiError; then no prompt was worked on."""
-    try:
-        response = await upstream.request("POST", path, body)
-        if response.status == 200:
-            return response
-        try:
-            raise upstream_error(response, await response.read())
-        finally:
-            response.close()
-    except ApiError:
-        tally.prompt_tokens = 0
-        raise
 
 
 async def _relay_body(response: Response, out: EventStream, account: Account) -> None:

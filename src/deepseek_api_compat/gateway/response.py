@@ -69,7 +69,8 @@ class Responder:
         """A complete response."""
         length = b"content-length: %d\r\n\r\n" % len(body)
         self._write(self._head(status, headers) + length + (b"" if self._no_body else body))
-        await self._complete()
+        self._complete()
+        await self._drained()
 
     async def begin(self, status: int, headers: Headers, data: bytes) -> None:
         """The head and the first part of a response of unknown length."""
@@ -89,7 +90,8 @@ class Responder:
         """The last part, which may be empty."""
         last = b"0\r\n\r\n" if self._chunked and not self._no_body else b""
         self._write(self._frame(data) + last)
-        await self._complete()
+        self._complete()
+        await self._drained()
 
     def close_afterwards(self) -> None:
         """Don't keep the connection for another request."""
@@ -124,13 +126,12 @@ class Responder:
         if self._cycle.flow.write_paused:
             await self._cycle.flow.drain()
 
-    async def _complete(self) -> None:
+    def _complete(self) -> None:
         cycle = self._cycle
         cycle.response_complete = True
         if not cycle.keep_alive:
             cycle.transport.close()
         cycle.on_response()
-        await self._drained()
 
 
 async def send_json(out: Responder, status: int, value: object, headers: Headers) -> None:

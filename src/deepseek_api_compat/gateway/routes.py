@@ -84,11 +84,14 @@ class ModelDirectory:
 
         `NAME-thinking` and `NAME-nothinking` do, for any NAME that exists.
         """
+        pool = self._by_name.get(name)
+        if pool is not None:
+            return pool, None
         for suffix, thinks in THINKING_SUFFIXES.items():
             base = self._by_name.get(name.removesuffix(suffix))
-            if name.endswith(suffix) and name not in self._by_name and base is not None:
+            if name.endswith(suffix) and base is not None:
                 return base, thinks
-        return self.find(name, principal), None
+        raise self.unknown(name, principal)
 
     def answering(self, pool: ModelPool, principal: Principal) -> ModelPool:
         """Who answers for `pool`: itself while it can, else the first of its fallbacks that can.
@@ -161,8 +164,9 @@ class Api:
     async def chat_completions(self, call: Call) -> None:
         body = await call.body()
         request = wire.decode_chat(body, self._limits)
-        pool, thinks = self._directory.choose(request.model, principal_of(call))
-        pool = self._directory.answering(pool, principal_of(call))
+        principal = principal_of(call)
+        pool, thinks = self._directory.choose(request.model, principal)
+        pool = self._directory.answering(pool, principal)
         account = self._open_account(call, pool)
         if thinks is not None:
             request = msgspec.structs.replace(request, thinking=thinks)
@@ -199,8 +203,8 @@ class Api:
     async def completions(self, call: Call) -> None:
         body = await call.body()
         request = wire.decode_completion(body, self._limits)
-        pool = self._directory.find(request.model, principal_of(call))
-        pool = self._directory.answering(pool, principal_of(call))
+        principal = principal_of(call)
+        pool = self._directory.answering(self._directory.find(request.model, principal), principal)
         account = self._open_account(call, pool)
         out = self._open(call, sse=request.stream)
         if pool.kind == "chat":
