@@ -10,16 +10,20 @@ import json
 import os
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from deepseek_api_compat.config import EngineSettings
+from deepseek_api_compat.config import EngineSettings, ModelSettings
 from deepseek_api_compat.engines import guard, kinds
 from deepseek_api_compat.engines.base import Endpoint, ModelInfo
+from deepseek_api_compat.engines.kv_events import Cleared, KVEvent
+from deepseek_api_compat.engines.kv_reader import KVReader
 from deepseek_api_compat.engines.lifeline import Lifeline
+from deepseek_api_compat.engines.upstream import Upstream
+from deepseek_api_compat.gateway.prefix import PrefixIndex, chain
 from deepseek_api_compat.models import catalogue, prepared, tiny_v3
 from deepseek_api_compat.protocol.continuation import Continuation
 from deepseek_api_compat.protocol.grammar import Json
@@ -187,5 +191,96 @@ async def test_a_wrong_launch_is_caught(model: Path, tmp_path: Path) -> None:
         assert "The engine computes wrongly: answer 0 of" in process.detail
         assert "differs at token" in process.detail
     finally:
+        await process.stop(grace=30.0)
+        lifeline.close()
+
+
+# MLA has no prefix cache on the CPU. Whatever its weights are, the blocks of this one are told.
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 129280,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+async def test_what_it_tells_of_its_cache(model: Path, tmp_path: Path) -> None:
+    """A prompt's blocks are known once it is answered, with their salt, and forgotten when it is cleared."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    settings = EngineSettings(
+        kind="vllm",
+        path=str(tmp_path),
+        replicas=2,
+        command=COMMAND,
+        args=["--dtype", "float32", "--enforce-eager", "--load-format", "dummy"],
+        env={**ENV, "VLLM_SERVER_DEV_MODE": "1"},
+        context=512,
+    )
+    socket = Path(tempfile.mkdtemp(prefix="vllm-")) / "v.sock"
+    source = kinds.kv_source(ModelSettings(name="m", engines=[settings]), settings, socket)
+    assert source is not None
+    lifeline = Lifeline()
+    endpoint = kinds.listening_place(settings, socket)
+    process = kinds.managed(
+        settings,
+        model=str(tmp_path),
+        endpoint=endpoint,
+        log=tmp_path / "vllm.log",
+        lifeline=lifeline,
+        kv=source,
+    )
+    process.start()
+    index, heard = PrefixIndex(), asyncio.Event()
+    told: list[KVEvent] = []
+
+    def tell(events: Sequence[KVEvent]) -> None:
+        told.extend(events)
+        for event in events:
+            index.apply(0, event)
+        heard.set()
+
+    def held(ids: list[int], salt: bytes = b"") -> int:
+        return index.held(0, chain(ids, salt=salt))
+
+    async def until(ids: list[int], tokens: int, salt: bytes = b"") -> None:
+        while held(ids, salt) != tokens:
+            heard.clear()
+            await asyncio.wait_for(heard.wait(), 60)
+
+    reader = KVReader(source, tell, lambda: told.append(Cleared()))
+    reading = asyncio.ensure_future(reader.run())
+    http = Upstream(endpoint, read_timeout=60.0)
+    # Whole blocks, whether these have 16 tokens or, as by default on the CPU, 128; and a few tokens more.
+    first, second = [*range(1000, 1260)], [*range(1000, 1128), *range(2000, 2132)]
+    try:
+        assert await process.until("ready", "failed") == "ready", process.detail
+        engine = kinds.connect(settings, endpoint, process.info)
+        for ids, salt in ((first, ""), (second, ""), (first, "a tenant")):
+            await run(engine, Job(ids, 4, GREEDY, cache_salt=salt))
+            await until(ids, 256, salt.encode())
+        again = await run(engine, Job(first, 4, GREEDY))
+        assert again[-1].cached_tokens == 256
+        assert held(first) == held(second) == held(first, b"a tenant") == 256
+        assert held(first, b"another") == 0
+        assert (await http.fetch("POST", "/reset_prefix_cache", b"{}"))[0] == 200
+        await run(engine, Job(second, 4, GREEDY))  # it is told with the next step that the engine makes
+        await until(first, 128)
+        await until(second, 256)
+        assert held(first, b"a tenant") == 0
+        assert told.count(Cleared()) == 2  # one at the start
+        assert reader.dropped == 0
+        await engine.close()
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await http.close()
         await process.stop(grace=30.0)
         lifeline.close()
