@@ -452,6 +452,19 @@ async def test_what_an_answer_is_taken_to_need(make):
     assert limiter.estimate(modest, 1, 4000, None) == 1
 
 
+async def test_where_nothing_is_limited_nothing_is_reserved_and_all_is_counted(make):
+    limiter = make(model=ModelLimitSettings(tokens_per_minute=1200))
+    for limited in (key(slot=2, tpm=100), key(slot=2, tpd=100), key(slot=2, budget=100)):
+        assert (await limiter.admit_request(limited)).reserves(1)
+    assert (await limiter.admit_request(key(slot=2, concurrency=5))).reserves(1)
+    grant = await limiter.admit_request(key())
+    assert grant.reserves(0)
+    assert not grant.reserves(1)
+    grant.settle(30, 5)
+    counted = await usage(limiter)
+    assert (counted.reserved, counted.spent, counted.tokens_today) == (0, 5, 30)
+
+
 async def test_headers_tell_the_tightest(make, clock):
     limiter = make(model=ModelLimitSettings(requests_per_minute=3, tokens_per_minute=50))
     alice = key(rps=100, rpm=5, tpm=100, tpd=1000)
