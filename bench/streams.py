@@ -59,6 +59,7 @@ class Stream:
                     self._take(event)
         finally:
             response.close()
+            self.began.set()  # also if it never did
         if response.status != 200:
             raise RuntimeError(f"the service answered {response.status}")
 

@@ -4,7 +4,9 @@
     python tests/fakes/token_engine.py --orders DIR --name attached              on a TCP port, printed
 
 It misbehaves as the file DIR/NAME says, one word of `ORDERS`, until the file is removed; NAME is that of the
-socket, without its end. Options of llama-server that it doesn't know are ignored.
+socket, without its end. With `--record DIR` it writes to the file NAME there: its process id, then for each
+job when it came (time.monotonic()) and its prompt ids, a line of JSON each. Options of llama-server that it
+doesn't know are ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TextIO, get_args
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fakes import token_language as language
@@ -36,11 +38,16 @@ FAILURE = b'{"error": {"code": 500, "message": "no luck", "type": "server_error"
 
 
 class Engine:
-    """Answers requests; `orders` is the file that says how."""
+    """Answers requests; `orders` is the file that says how, `record` gets what has come.
 
-    def __init__(self, orders: Path, slots: int) -> None:
+    pace: seconds a token.
+    """
+
+    def __init__(self, orders: Path, slots: int, *, pace: float = PACE, record: TextIO | None = None) -> None:
         self._orders = orders
         self._slots = slots
+        self._pace = pace
+        self._record = record
         self._looked = 0.0
         self._order = ""
 
@@ -80,6 +87,8 @@ class Engine:
         return {"status": "ok"}
 
     async def _complete(self, peer: Peer, body: dict[str, Any]) -> None:
+        if self._record is not None:
+            print(json.dumps([time.monotonic(), body["prompt"]]), file=self._record, flush=True)
         order = self.order
         if order == "refuse":
             await peer.send(ok(FAILURE, "Content-Type: application/json", status="500 Internal Server Error"))
@@ -117,7 +126,7 @@ class Engine:
                 await self._event(peer, FAILURE)
                 break
             await self._event(peer, json.dumps(event).encode())
-            await self._pause(peer, SLOW_PACE if order == "slow" else PACE)
+            await self._pause(peer, SLOW_PACE if order == "slow" else self._pace)
         await peer.send(b"0\r\n\r\n")
 
     async def _event(self, peer: Peer, data: bytes) -> None:
@@ -214,9 +223,8 @@ def tokenize(content: str | Sequence[int | str], special: bool) -> list[int]:
     return ids
 
 
-async def run(options: argparse.Namespace) -> None:
-    name = options.name or Path(options.host).stem
-    engine = Engine(Path(options.orders) / name, options.parallel)
+async def run(options: argparse.Namespace, name: str, record: TextIO | None) -> None:
+    engine = Engine(Path(options.orders) / name, options.parallel, pace=options.pace, record=record)
     async with HttpServer(engine.serve, uds=options.host, port=options.port) as server:
         print(server.endpoint.port, flush=True)
         await asyncio.Event().wait()
@@ -229,11 +237,17 @@ def main() -> None:
     parser.add_argument("--name")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--parallel", type=int, default=4)
+    parser.add_argument("--pace", type=float, default=PACE)
+    parser.add_argument("--record")
     options, _ = parser.parse_known_args()
+    name = options.name or Path(options.host).stem
     if options.host:
         Path(options.host).unlink(missing_ok=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(run(options))
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as files:
+        record = files.enter_context(open(Path(options.record, name), "a")) if options.record else None
+        if record is not None:
+            print(os.getpid(), file=record, flush=True)
+        asyncio.run(run(options, name, record))
 
 
 if __name__ == "__main__":
