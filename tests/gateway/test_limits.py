@@ -108,6 +108,7 @@ def key(slot=1, budget=None, **limits):
 
 async def refusal(limiter, principal, model=0, tokens=0, money=0):
     """The error that a request meets, or None; what is admitted is settled as it was reserved."""
+    await settled(limiter)
     try:
         grant = await limiter.admit_request(principal)
         await grant.reserve(model, tokens, money)
@@ -330,6 +331,7 @@ async def test_a_request_refused_after_all_is_as_if_it_had_never_come(make):
         await grant.reserve(0, 10, 10)
         grant.give_back()
         grant.settle(10, 10)
+        await settled(limiter)
     assert await refusal(limiter, alice, tokens=10, money=10) is None
     assert (await usage(limiter)).spent == 10
 
@@ -342,6 +344,7 @@ async def test_so_many_at_the_same_time(make, clock):
     assert (caught.value.code, caught.value.retry_after) == ("concurrency_exceeded", 1.0)
     clock.now += 8
     first.settle(0, 0)
+    await settled(limiter)
     third = await limiter.admit_request(alice)
     with pytest.raises(OverLimit) as caught:
         await limiter.admit_request(alice)
