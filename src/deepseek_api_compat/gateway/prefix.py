@@ -113,11 +113,11 @@ class BlockCache:
 class _Tail(msgspec.Struct, frozen=True):
     """What an engine's block ends with: the hash of our last whole block in it, and the ids behind that.
 
-    `whole` are our blocks that end in it.
+    `rest` has four bytes for each id. `whole` are our blocks that end in it.
     """
 
     link: bytes
-    rest: tuple[int, ...]
+    rest: bytes
     whole: tuple[int, ...]
 
 
@@ -131,7 +131,7 @@ class _ToldCache:
 
     def store(self, event: BlocksStored) -> tuple[list[int], list[int]]:
         """Our blocks that came with the event, and those that had to go because the engine told too many."""
-        tail = _Tail(_root(event.salt), (), ())
+        tail = _Tail(_root(event.salt), b"", ())
         if event.parent is not None:
             parent = self._tails.get(event.parent)
             if parent is None:  # an event was missed: where these blocks stand isn't known
@@ -165,14 +165,14 @@ class _ToldCache:
         return gone
 
     def _extend(self, tail: _Tail, ids: Sequence[int]) -> _Tail:
-        rest = [*tail.rest, *ids]
+        raw = tail.rest + array("I", ids).tobytes()
+        width = 4 * self._block
         link = tail.link
         whole = []
-        for start in range(0, len(rest) - self._block + 1, self._block):
-            raw = array("I", rest[start : start + self._block]).tobytes()
-            link = blake2b(link + raw, digest_size=8).digest()
+        for end in range(width, len(raw) + 1, width):
+            link = blake2b(link + raw[end - width : end], digest_size=8).digest()
             whole.append(int.from_bytes(link, "little"))
-        return _Tail(link, tuple(rest[len(whole) * self._block :]), tuple(whole))
+        return _Tail(link, raw[len(whole) * width :], tuple(whole))
 
 
 class PrefixIndex:
