@@ -16,6 +16,7 @@
        |  +- ModelNotFound   404   the message lists the known models
        +- MethodNotAllowed   405
        +- RequestTimeout     408   the client was too slow to send its request
+       +- Conflict           409   the same request is being answered; has `retry_after`
        +- BodyTooLarge       413
        +- HeadersTooLarge    431
        +- RateLimited        429   has `retry_after`
@@ -168,6 +169,12 @@ class RequestTimeout(ApiError):
     status = 408
     type = "invalid_request_error"
     code = "request_timeout"
+
+
+class Conflict(ApiError):
+    status = 409
+    type = "invalid_request_error"
+    code = "idempotency_in_progress"
 
 
 class BodyTooLarge(ApiError):

@@ -27,6 +27,8 @@ if not hasattr(openai, "OpenAI"):
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000/v1"
 CHAT = "/chat/completions"
+# The package gives all tries of one request one key; with the header's name it sends it.
+IDEMPOTENCY = "Idempotency-Key"
 
 
 class _Extras:
@@ -76,6 +78,7 @@ class OpenAI(_Extras, openai.OpenAI):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**self._equip(options))
+        self._idempotency_header = IDEMPOTENCY
         self.__dict__.pop("chat", None)  # openai before 1.60 makes it here
 
     @cached_property
@@ -100,6 +103,7 @@ class AsyncOpenAI(_Extras, openai.AsyncOpenAI):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**self._equip(options))
+        self._idempotency_header = IDEMPOTENCY
         self.__dict__.pop("chat", None)
 
     @cached_property

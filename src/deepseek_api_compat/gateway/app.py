@@ -16,6 +16,7 @@ from deepseek_api_compat.gateway.account import Books
 from deepseek_api_compat.gateway.admin import AdminApi
 from deepseek_api_compat.gateway.chat import ChatService
 from deepseek_api_compat.gateway.gate import Gate
+from deepseek_api_compat.gateway.idempotency import Repeats
 from deepseek_api_compat.gateway.journal import Journal
 from deepseek_api_compat.gateway.journal_files import JOURNALS
 from deepseek_api_compat.gateway.local_limits import LocalLimiter
@@ -90,6 +91,7 @@ class Application:
         my_fd: int,
         created: int,
         ask: AskFor,
+        repeats: Repeats,
         on_doubt: Doubt,
     ) -> None:
         """`ask`: an operation by the supervisor, who is told of doubtful replicas by `on_doubt`."""
@@ -115,7 +117,7 @@ class Application:
         usage, admin = UsageApi(ask, currency), AdminApi(ask, currency)
         self.journal = Journal(settings.data_dir / JOURNALS, worker, settings.ledger)
         self.books = Books(self.limiter, self.journal, Prices(settings.prices))
-        api = Api(directory, chat, self.books, usage, admin, self.pulse, settings)
+        api = Api(directory, chat, self.books, usage, admin, repeats, self.pulse, settings)
         self.gate = Gate(api.routes(), keys, self.limiter, self.journal, settings)
         self._tasks: set[asyncio.Task[None]] = set()
 

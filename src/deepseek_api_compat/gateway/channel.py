@@ -25,6 +25,7 @@ from deepseek_api_compat.errors import (
     SetupError,
     WrongValue,
 )
+from deepseek_api_compat.gateway.idempotency import Found, Place
 from deepseek_api_compat.gateway.intake_state import IntakeState
 from deepseek_api_compat.store.audit import Actor
 from deepseek_api_compat.store.base import KeyRecord
@@ -107,8 +108,22 @@ class Ask(Message, frozen=True):
     actor: Actor
 
 
+class Begin(Message, frozen=True):
+    """A request with an Idempotency-Key: is there an answer? The result of its `Answer` is a `Found`."""
+
+    id: int
+    place: Place
+
+
+class End(Message, frozen=True):
+    """What has come of a request that was `Begin`'s and new; None: nothing to keep."""
+
+    place: Place
+    answer: str | None
+
+
 class Answer(Message, frozen=True):
-    """The result of the `Ask` with this id, or why there is none.
+    """The result of the `Ask` or `Begin` with this id, or why there is none.
 
     `error` is a sentence, None if all went well. `kind` says whose fault it is: "wrong", the asker's, in
     `field` if that is known; "missing", what was asked for is not there; "failed", ours.
@@ -122,7 +137,7 @@ class Answer(Message, frozen=True):
 
 
 AnyMessage = Union[  # noqa: UP007 - evaluated on Python 3.10
-    Hello, Keys, Engines, Intake, Certificate, Drain, Doubt, Started, Acknowledged, Ask, Answer
+    Hello, Keys, Engines, Intake, Certificate, Drain, Doubt, Started, Acknowledged, Ask, Begin, End, Answer
 ]
 
 _encoder = msgspec.json.Encoder()
@@ -156,15 +171,30 @@ class Questions:
         self._send = send
         self._patience = patience
         self._open: dict[int, asyncio.Future[Answer]] = {}
+        self._operations = 0  # of them
         self._ids = itertools.count(1)
 
     async def ask(self, op: str, params: dict[str, Any], actor: Actor) -> Any:
         """The result, plain data. Raises InvalidRequest, NotFound or OperationFailed."""
-        if len(self._open) >= MAX_OPEN:
+        if self._operations >= MAX_OPEN:
             raise OperationFailed("Too many operations at a time.", retry_after=1.0)
+        self._operations += 1
+        try:
+            return await self._answer(lambda id: Ask(id, op, params, actor))
+        finally:
+            self._operations -= 1
+
+    async def begin(self, place: Place) -> Found:
+        """What the supervisor knows of a request with an Idempotency-Key. Raises OperationFailed."""
+        return msgspec.convert(await self._answer(lambda id: Begin(id, place)), Found)
+
+    def end(self, place: Place, answer: str | None) -> None:
+        self._send(End(place, answer))
+
+    async def _answer(self, question: Callable[[int], AnyMessage]) -> Any:
         id = next(self._ids)
         answered = self._open[id] = asyncio.get_running_loop().create_future()
-        self._send(Ask(id, op, params, actor))
+        self._send(question(id))
         try:
             answer = await asyncio.wait_for(answered, self._patience)
         except asyncio.TimeoutError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from functools import partial
 from operator import methodcaller
@@ -26,7 +26,8 @@ from deepseek_api_compat.gateway.account import Account, Books, check_model, may
 from deepseek_api_compat.gateway.admin import AdminApi
 from deepseek_api_compat.gateway.breaker import fallback_chain
 from deepseek_api_compat.gateway.chat import ChatService, Events, infill_ids, token_ids
-from deepseek_api_compat.gateway.gate import Call, Route
+from deepseek_api_compat.gateway.gate import Call, Route, header
+from deepseek_api_compat.gateway.idempotency import HEADER, Recorder, Repeats, send_again
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.relay import relay
 from deepseek_api_compat.gateway.response import NOSNIFF, EventStream, Pulse, send_error, send_json
@@ -42,6 +43,7 @@ READERS = frozenset({"admin", "metrics"})
 LEDGER_PROBLEM = "Requests don't get into the ledger now; the service's log says why."
 LIMITS_PROBLEM = "Limits are counted by each machine alone now: the Redis that they share is away."
 LIMITS = ("max_tokens", "max_completion_tokens")
+BodyHandler = Callable[[Call, bytes], Awaitable[None]]
 THINKING_SUFFIXES = {"-thinking": True, "-nothinking": False}
 
 
@@ -129,6 +131,7 @@ class Api:
         books: Books,
         usage: UsageApi,
         admin: AdminApi,
+        repeats: Repeats,
         pulse: Pulse,
         settings: Settings,
     ) -> None:
@@ -137,6 +140,7 @@ class Api:
         self._books = books
         self._usage = usage
         self._admin = admin
+        self._repeats = repeats
         self._pulse = pulse
         self._limits = wire.DecodeLimits(
             max_n=settings.limits.max_n, max_messages=settings.limits.max_messages
@@ -145,9 +149,9 @@ class Api:
 
     def routes(self) -> list[Route]:
         return [
-            Route("/chat/completions", {"POST": self.chat_completions}, USERS),
-            Route("/completions", {"POST": self.completions}, USERS),
-            Route("/embeddings", {"POST": self.embeddings}, USERS),
+            Route("/chat/completions", {"POST": partial(self._once, self.chat_completions)}, USERS),
+            Route("/completions", {"POST": partial(self._once, self.completions)}, USERS),
+            Route("/embeddings", {"POST": partial(self._once, self.embeddings)}, USERS),
             Route("/tokenize", {"POST": self.tokenize}, USERS),
             Route("/detokenize", {"POST": self.detokenize}, USERS),
             Route("/models", {"GET": self.models}, USERS),
@@ -161,8 +165,26 @@ class Api:
             *self._admin.routes(),
         ]
 
-    async def chat_completions(self, call: Call) -> None:
+    async def _once(self, handler: BodyHandler, call: Call) -> None:
+        """Answer; a request that was answered under its Idempotency-Key before has that answer again."""
         body = await call.body()
+        key = header(call.scope, HEADER)
+        if not key:
+            await handler(call, body)
+            return
+        path = call.tally.endpoint
+        place, answer = await self._repeats.begin(principal_of(call).id, key, path, body)
+        if answer is not None:
+            call.tally.status = 200
+            await send_again(call.out, call.headers, answer)
+            return
+        out = call.out = Recorder(call.scope, partial(self._repeats.end, place))
+        try:
+            await handler(call, body)
+        finally:
+            out.close()
+
+    async def chat_completions(self, call: Call, body: bytes) -> None:
         request = wire.decode_chat(body, self._limits)
         principal = principal_of(call)
         pool, thinks = self._directory.choose(request.model, principal)
@@ -200,8 +222,7 @@ class Api:
             work = collect_events(events, out, collector, account)
         await self._answer(call, out, work)
 
-    async def completions(self, call: Call) -> None:
-        body = await call.body()
+    async def completions(self, call: Call, body: bytes) -> None:
         request = wire.decode_completion(body, self._limits)
         principal = principal_of(call)
         pool = self._directory.answering(self._directory.find(request.model, principal), principal)
@@ -262,8 +283,7 @@ class Api:
             )
             await collect_events(events, out, collector, account)
 
-    async def embeddings(self, call: Call) -> None:
-        body = await call.body()
+    async def embeddings(self, call: Call, body: bytes) -> None:
         request = wire.decode_embedding(body, self._limits)
         pool = self._directory.find(request.model, principal_of(call))
         account = self._open_account(call, pool)

@@ -21,6 +21,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
+
 from deepseek_api_compat import control
 from deepseek_api_compat.config import Settings
 from deepseek_api_compat.engines.base import EngineState
@@ -30,6 +32,7 @@ from deepseek_api_compat.gateway import channel, logs
 from deepseek_api_compat.gateway.app import local_limiter, shared_cells, shared_limiter, slot_table
 from deepseek_api_compat.gateway.breaker import check_fallbacks
 from deepseek_api_compat.gateway.engine_admin import EngineAdmin
+from deepseek_api_compat.gateway.idempotency import Answers
 from deepseek_api_compat.gateway.ledger import Intake
 from deepseek_api_compat.gateway.operations import Operations
 from deepseek_api_compat.gateway.redis_limits import RedisLimiter
@@ -97,6 +100,7 @@ class Supervisor:
         self._operations = Operations(admin, self._intake, self._engine_admin, self._publish_keys)
         self._answering: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
+        self._answers = Answers()
         self._failure: str | None = None
         self._said_ready = False
         self._owned: list[asyncio.Task[None]] = []
@@ -375,12 +379,18 @@ class Supervisor:
                     self._keys_changed.notify_all()
             elif isinstance(message, channel.Doubt):
                 self._replica(message.pool, message.replica).doubt(message.hung)
+            elif isinstance(message, channel.Begin):
+                found = msgspec.to_builtins(self._answers.begin(message.place, worker.index))
+                worker.send(channel.Answer(message.id, result=found))
+            elif isinstance(message, channel.End):
+                self._answers.end(message.place, message.answer)
             elif isinstance(message, channel.Ask):
                 # Beside: a change of keys waits for this very worker's acknowledgement.
                 task = asyncio.create_task(self._answer(worker.writer, message))
                 self._answering.add(task)
                 task.add_done_callback(self._answering.discard)
         worker.started.clear()
+        self._answers.left(worker.index)
         worker.writer.close()
         worker.writer = None
         await worker.process.wait()

@@ -25,6 +25,7 @@ from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.gateway import channel, logs
 from deepseek_api_compat.gateway.app import Application, shared_cells
 from deepseek_api_compat.gateway.http import HttpProtocol, sweep
+from deepseek_api_compat.gateway.idempotency import Repeats
 from deepseek_api_compat.gateway.metrics import WORKER_TASKS
 from deepseek_api_compat.gateway.shared import SharedMemory
 from deepseek_api_compat.security.certificates import LiveContext, published_place
@@ -98,6 +99,7 @@ async def serve(args: argparse.Namespace) -> None:
         my_fd=args.my_fd,
         created=hello.started,
         ask=questions.ask,
+        repeats=Repeats(questions.begin, questions.end),
         on_doubt=lambda pool, replica, hung: writer.write(channel.encode(channel.Doubt(pool, replica, hung))),
     )
     application.use_engines(hello.engines)

@@ -38,8 +38,8 @@ class Continuation:
     def can_continue(self, controls: Mapping[str, int]) -> bool:
         """Whether another engine can make the rest: not if its grammar can't be told.
 
-        controls: ids of the model's control tokens, by spelling. This takes a few milliseconds; with the worst
-        schemas, a tenth of a second.
+        controls: ids of the model's control tokens, by spelling. This takes a few milliseconds; with the
+        worst schemas, a tenth of a second.
         """
         if self._job.grammar is None or not self._texts:
             return True
