@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import re
 from pathlib import Path
@@ -9,14 +11,17 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+from uvicorn.server import ServerState
 
 import deepseek_api_compat
-from deepseek_api_compat.config import NetworkSettings, Settings
+from deepseek_api_compat.config import NetworkSettings, ServerSettings, Settings
 from deepseek_api_compat.gateway.gate import Call, Gate, Route
+from deepseek_api_compat.gateway.http import HttpProtocol
 from deepseek_api_compat.gateway.local_limits import LocalLimiter
 from deepseek_api_compat.gateway.public import PUBLIC
 from deepseek_api_compat.gateway.response import PAGE
 from deepseek_api_compat.gateway.shared import SharedMemory
+from deepseek_api_compat.gateway.worker import server_config
 from deepseek_api_compat.security.keys import KeyTable, key_hash, new_key
 from deepseek_api_compat.store.base import KeyRecord, Role
 
@@ -88,7 +93,6 @@ class Door:
         cycle = SimpleNamespace(
             transport=transport,
             flow=SimpleNamespace(write_paused=False),
-            message_event=SimpleNamespace(set=lambda: None),
             on_response=lambda: None,
             default_headers=[],
             keep_alive=True,
@@ -404,3 +408,41 @@ def test_every_page_has_the_headers_of_pages():
         file.name for file in package.rglob("*.py") for _ in re.findall("text/html", file.read_text("utf-8"))
     ]
     assert found == ["response.py"]
+
+
+# What is left of a request
+
+
+async def test_a_request_leaves_nothing_to_the_garbage_collector():
+    """All that was made for it goes at its end; cycles would make the collector run, again and again."""
+    door = Door()
+    config = server_config(door.gate, ServerSettings(), None)
+    config.load()
+    connection = HttpProtocol(config, ServerState(), {}, asyncio.get_running_loop())
+    written: list[bytes] = []
+    connection.connection_made(
+        SimpleNamespace(  # type: ignore[arg-type]
+            write=written.append,
+            close=lambda: None,
+            is_closing=lambda: False,
+            get_extra_info=lambda name: None,
+        )
+    )
+    head = f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {door.keys['user']}\r\n\r\n".encode()
+
+    async def ask(times: int) -> None:
+        for _ in range(times):
+            connection.data_received(head)
+            await connection.handler
+        door.seen.clear()
+
+    await ask(1)
+    gc.collect()
+    gc.disable()
+    try:
+        await ask(10)
+        assert gc.collect() < 10
+    finally:
+        gc.enable()
+    assert len(written) == 11
+    assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in written)
