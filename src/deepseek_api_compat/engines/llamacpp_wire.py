@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from deepseek_api_compat.engines.sse import unfinished
 from deepseek_api_compat.errors import (
     ApiError,
     ContextTooLong,
@@ -159,7 +160,7 @@ class EventReader:
 
     def feed(self, data: bytes) -> list[Event]:
         blocks = (self._rest + data).split(b"\n\n")
-        self._rest = blocks.pop()
+        self._rest = unfinished(blocks.pop())
         events = []
         for block in blocks:
             if block.startswith(b"data: "):

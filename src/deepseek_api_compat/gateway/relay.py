@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from deepseek_api_compat.engines.upstream import Response
+from deepseek_api_compat.engines.sse import unfinished
+from deepseek_api_compat.engines.upstream import Lost, Response
 from deepseek_api_compat.errors import (
     ApiError,
     EngineFailed,
@@ -30,7 +31,6 @@ from deepseek_api_compat.gateway.response import EventStream
 from deepseek_api_compat.protocol.openai import StreamOptions, reencode
 
 BYTES_PER_TOKEN = 4  # of a request's body, about
-MAX_EVENT = 16 * 1024 * 1024
 MAX_BODY = 256 * 1024 * 1024
 # A quote right before and after: inside a JSON string it would be escaped, so text never matches.
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
@@ -175,18 +175,16 @@ async def _relay_events(
             data = data.replace(b"\r", b"")
         cut = data.rfind(b"\n\n") + 2
         if cut < 2:
-            if len(data) > MAX_EVENT:
-                raise EngineFailed("The upstream sent an event of over 16 MiB.")
-            rest = data
+            rest = unfinished(data)
             continue
         events, rest = (data, b"") if cut == len(data) else (data[:cut], data[cut:])
         if sent is not None and continuing:
             events = sent.behind(events)
         if not tally.first:
             tally.first = time.monotonic()
-        failed = b'"error"' in events and ERROR.search(events) is not None
-        if failed:
-            events = _before_error(events)
+        failed: ApiError | None = None
+        if b'"error"' in events and (found := ERROR.search(events)) is not None:
+            events, failed = events[: found.start()], _error_in(events[found.start() :])
         done = b"[DONE]" in events and DONE.search(events) is not None
         if not counted:  # a token each, until usage says better
             tally.completion_tokens += events.startswith(b"data:") + events.count(b"\ndata:") - done
@@ -201,12 +199,12 @@ async def _relay_events(
             await out.finish(events)
         elif events:
             await out.write(events)
-        if failed:
-            raise EngineFailed("The upstream reported an error in the middle of its answer.")
+        if failed is not None:
+            raise failed
         if done:
             break
     if not done:
-        raise EngineFailed("The upstream ended its stream before the answer was complete.")
+        raise Lost("The upstream ended its stream before the answer was complete.")
 
 
 def _take_usage(events: bytes, tally: Tally, *, hide: bool) -> bytes:
@@ -225,10 +223,20 @@ def _take_usage(events: bytes, tally: Tally, *, hide: bool) -> bytes:
     return b"\n\n".join(kept)
 
 
-def _before_error(events: bytes) -> bytes:
-    found = ERROR.search(events)
-    assert found is not None
-    return events[: found.start()]
+def _error_in(events: bytes) -> EngineFailed:
+    """What the upstream says in the event that these begin with."""
+    event = events.split(b"\n\n", 1)[0]
+    words = _words(event.removeprefix(b"data:"))
+    return EngineFailed(f"The upstream reported an error in the middle of its answer. {words}".strip())
+
+
+def _words(body: bytes) -> str:
+    """An error's message; "" if it has none."""
+    try:
+        found = _error.decode(body).error
+    except msgspec.MsgspecError:
+        return ""
+    return found if isinstance(found, str) else found.message if found else ""
 
 
 def _count(usage: _Counts | None, tally: Tally) -> None:
@@ -243,11 +251,7 @@ def _count(usage: _Counts | None, tally: Tally) -> None:
 
 def upstream_error(response: Response, body: bytes) -> ApiError:
     """What an upstream's failure means to our client: its own mistakes stay 400, others become 502 or 503."""
-    try:
-        found = _error.decode(body).error
-    except msgspec.MsgspecError:
-        found = None
-    message = found if isinstance(found, str) else found.message if found else ""
+    message = _words(body)
     status = response.status
     if status in (400, 413, 422):
         return InvalidRequest(message or "The upstream refused the request.")
