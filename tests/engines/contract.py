@@ -1,16 +1,29 @@
-"""What every token engine keeps, whatever computes behind it: `Contract`, which test classes inherit."""
+"""What engines keep, whatever computes behind them; test classes inherit it.
+
+`Spoken` is kept by every engine, in texts: also by a chat upstream, any OpenAI-compatible server behind the
+relay. `Contract` is what token engines keep beyond that. It can't be asked of a chat upstream:
+
+- ids, and which text is whose: it tells none. So an answer that has begun goes on only where messages can be
+  continued (tests/service/test_relay_failover.py).
+- stop strings, logprobs, logit_bias, grammars: the request's fields go up as they are, and are its promise.
+- tokens and back, and what text can spell: it renders prompts itself.
+- the context and the slots: it alone knows them, and refuses what is too long in its own words.
+
+How they fail is the same for all, and in test_contract.py: each error there has one type, whatever engine it
+comes from.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import pytest
 
 from deepseek_api_compat.engines.base import ModelInfo, TokenEngine
-from deepseek_api_compat.errors import ContextTooLong, InvalidRequest
+from deepseek_api_compat.errors import ContextTooLong, EngineUnavailable, InvalidRequest
 from deepseek_api_compat.protocol.grammar import text as exactly
 from deepseek_api_compat.protocol.job import Job, Piece, Sampling
 from deepseek_api_compat.protocol.segment import Segment
@@ -32,6 +45,51 @@ class Subject(NamedTuple):
     control: str
 
 
+class Counts(NamedTuple):
+    """Tokens."""
+
+    prompt: int
+    completion: int
+    cached: int
+
+
+class Speaker(Protocol):
+    """An engine of any kind, as it is heard: always by the same prompt, with greedy sampling."""
+
+    def say(self, most: int) -> AsyncGenerator[str | Counts, None]:
+        """The texts of an answer of up to so many tokens, as they come; then what it counted."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Tokens:
+    """A token engine as a speaker."""
+
+    def __init__(self, engine: TokenEngine, prompt: list[int]) -> None:
+        self._engine = engine
+        self._prompt = prompt
+
+    async def say(self, most: int) -> AsyncGenerator[str | Counts, None]:
+        async with aclosing(self._engine.stream(Job(self._prompt, most, GREEDY))) as groups:
+            async for pieces in groups:
+                yield text_of(pieces)
+                last = pieces[-1]
+        assert last.finish is not None
+        yield Counts(last.prompt_tokens, last.completion_tokens, last.cached_tokens)
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+async def heard(speaker: Speaker, most: int) -> tuple[str, Counts]:
+    """A whole answer."""
+    *texts, counts = [part async for part in speaker.say(most)]
+    assert isinstance(counts, Counts)
+    assert all(isinstance(text, str) for text in texts)
+    return "".join(map(str, texts)), counts
+
+
 async def run(engine: TokenEngine, job: Job) -> list[Piece]:
     return [piece async for pieces in engine.stream(job) for piece in pieces]
 
@@ -44,10 +102,49 @@ def ids_of(pieces: Sequence[Piece]) -> list[int]:
     return [id for piece in pieces for id in piece.ids]
 
 
-class Contract:
-    """A class that inherits this has a fixture `subject`, which is a `Subject`."""
+class Spoken:
+    """A class that inherits this has a fixture `speaker`, which is a `Speaker`."""
 
     length = 24  # tokens of the answers that are compared
+    long = 240  # tokens of those that are given up
+
+    async def test_it_says_the_same_again_and_counts_it(self, speaker: Speaker) -> None:
+        text, counts = await heard(speaker, self.length)
+        assert text
+        assert counts.completion == self.length
+        assert 0 <= counts.cached < counts.prompt
+        again, counted = await heard(speaker, self.length)
+        assert again == text
+        assert counted[:2] == counts[:2]
+
+    async def test_several_at_once(self, speaker: Speaker) -> None:
+        answers = await asyncio.gather(*(heard(speaker, 8) for _ in range(3)))
+        assert [counts.completion for _, counts in answers] == [8] * 3
+
+    async def test_who_leaves_does_not_disturb(self, speaker: Speaker) -> None:
+        text, _ = await heard(speaker, self.length)
+        for _ in range(3):
+            async with aclosing(speaker.say(self.long)) as stream:
+                await stream.__anext__()
+        assert (await heard(speaker, self.length))[0] == text
+
+    async def test_closing_it_ends_what_it_says(self, speaker: Speaker) -> None:
+        async with aclosing(speaker.say(self.long)) as stream:
+            await stream.__anext__()
+            await asyncio.wait_for(speaker.close(), SLOW)
+            with pytest.raises(EngineUnavailable):
+                async for _ in stream:
+                    pass
+        with pytest.raises(EngineUnavailable):
+            await heard(speaker, 1)
+
+
+class Contract(Spoken):
+    """A class that inherits this has a fixture `subject`, which is a `Subject`."""
+
+    @pytest.fixture
+    def speaker(self, subject: Subject) -> Speaker:
+        return Tokens(subject.engine, subject.prompt)
 
     async def test_it_says_what_it_serves(self, subject: Subject) -> None:
         info = await subject.engine.info()
@@ -140,12 +237,6 @@ class Contract:
                 await stream.__anext__()
         made = await asyncio.wait_for(run(subject.engine, Job(subject.prompt, 2, GREEDY)), SLOW)
         assert len(ids_of(made)) == 2
-
-    async def test_several_at_once(self, subject: Subject) -> None:
-        job = Job(subject.prompt, 8, GREEDY)
-        answers = await asyncio.gather(*(run(subject.engine, job) for _ in range(3)))
-        assert [len(ids_of(pieces)) for pieces in answers] == [8] * 3
-        assert all(pieces[-1].finish == "length" for pieces in answers)
 
     async def test_a_grammar(self, subject: Subject) -> None:
         assert subject.info.can.grammar

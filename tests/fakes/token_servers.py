@@ -1,4 +1,4 @@
-"""vLLM and SGLang as their protocols show them, around a model that knows one song by heart.
+"""vLLM, SGLang and a chat server as their protocols show them, around a model that knows one song by heart.
 
 Its tokens are bytes (ids 0 to 255) and three control tokens. The token at place n of any text is the n-th of
 the song, so what follows a prompt is known, and a half-finished answer has one right continuation.
@@ -266,19 +266,60 @@ class FakeSglang(SongServer):
         ]
 
 
+class FakeLlamaCpp(SongServer):
+    """Where llama.cpp's server answers; it says only what a test has it say. The real one is at hand."""
+
+    generating = "/completion"
+
+
+class FakeChat(SongServer):
+    """Any OpenAI-compatible server: it renders prompts itself, and tells texts."""
+
+    generating = "/v1/chat/completions"
+
+    def answer(self, path: str, body: Any) -> bytes:
+        if path == "/v1/models":
+            return ok(json.dumps({"object": "list", "data": [{"id": "song"}]}).encode())
+        return ok(b'{"error": {"message": "Not Found"}}', status="404 Not Found")
+
+    def refused(self, body: Any) -> bytes | None:
+        return None
+
+    def begin(self, body: Any) -> Singing:
+        assert body["stream"], "only streams are sung"
+        prompt = [BEGIN]
+        for message in body["messages"]:
+            prompt += [USER, *ids_of(message["content"])]
+        return Singing(prompt, body["max_tokens"], list(body.get("stop") or []), body.get("logit_bias") or {})
+
+    def events(self, song: Singing, body: Any, sent: int, shown: int) -> list[Event]:
+        choice = {"index": 0, "delta": {"content": song.text[shown:]}, "finish_reason": song.finish}
+        events: list[Event] = [{"id": "1", "object": "chat.completion.chunk", "choices": [choice]}]
+        if song.finish is not None and body["stream_options"]["include_usage"]:
+            usage = {"prompt_tokens": len(song.prompt), "completion_tokens": len(song.ids)}
+            usage["prompt_tokens_details"] = {"cached_tokens": 2}  # type: ignore[assignment]
+            events.append({"id": "1", "choices": [], "usage": usage})
+        return events
+
+
 @asynccontextmanager
 async def singing(server: SongServer) -> AsyncIterator[Endpoint]:
     async with HttpServer(server) as running:
         yield running.endpoint
 
 
-def saying(path: str, answer: bytes, otherwise: Script) -> Script:
-    """A server that answers one path so, and the others as `otherwise` does."""
+def saying(path: str, answer: bytes, otherwise: Script, *, stays: bool = False) -> Script:
+    """A server that answers one path so, and the others as `otherwise` does.
+
+    stays: it closes no connection before its client does.
+    """
 
     async def script(peer: Peer) -> None:
         while request := await peer.request():
             if request.path == path:
                 await peer.send(answer)
+                if stays:
+                    await peer.closed()
                 return
             assert isinstance(otherwise, SongServer)
             body = json.loads(request.body) if request.body else None
