@@ -85,7 +85,7 @@ class Call:
         return bool(self.scope["connection"].transport.is_closing())
 
     async def body(self) -> bytes:
-        """The whole request body. Raises BodyTooLarge before reading more than the cap."""
+        """The whole request body, once. Raises BodyTooLarge before reading more than the cap."""
         cycle = self.scope["cycle"]
         if cycle.more_body:  # of most it came with the headers
             length = header(self.scope, b"content-length")
@@ -96,7 +96,9 @@ class Call:
         cycle.flow.resume_reading()
         if cycle.size > self._max_body:
             raise self._too_large()
-        return b"".join(cycle.parts)
+        body = b"".join(cycle.parts)
+        cycle.parts.clear()  # the connection keeps its last cycle
+        return body
 
     async def end_early(self, error: ApiError) -> None:
         """Report an error that its handler could not report; break off what has begun."""
