@@ -148,7 +148,7 @@ def went_on(prompt: list[int], jobs: Jobs, killed: float) -> float | None:
 
 def problem(stream: Stream, prompt: str, tokens: int) -> str:
     if not stream.complete:
-        return "it was not complete"
+        return f"it was not complete: {stream.error}"
     if stream.usage["completion_tokens"] != tokens:
         return f"its usage says {stream.usage}"
     try:

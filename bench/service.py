@@ -68,9 +68,13 @@ class Service:
             connection.close()
         if response.status == 503:
             raise AskedTooEarly
-        if response.status != 200:
+        answer = json.loads(text) if response.status == 200 else {}
+        # Behind keep-alives an error comes with status 200.
+        if answer.get("error", {}).get("code") == "engine_unavailable":
+            raise AskedTooEarly
+        if response.status != 200 or "error" in answer:
             raise RuntimeError(f"{path}: {response.status} {text[:500]!r}")
-        return json.loads(text)
+        return answer
 
     @property
     def worker(self) -> int:

@@ -10,7 +10,7 @@ from bench.service import Service
 from deepseek_api_compat.engines.base import Endpoint
 from deepseek_api_compat.engines.upstream import Upstream
 
-END = "2"  # the token of the embedded model that would end an answer early
+END = 2  # the token of the embedded model that would end an answer early
 
 
 def client(service: Service) -> Upstream:
@@ -22,15 +22,17 @@ def client(service: Service) -> Upstream:
 class Stream:
     """One answer, and when its parts came."""
 
-    def __init__(self, model: str, prompt: str | list[dict[str, str]], tokens: int) -> None:
-        """`prompt`: a user's message, or all messages."""
+    def __init__(
+        self, model: str, prompt: str | list[dict[str, str]], tokens: int, *, end: int = END
+    ) -> None:
+        """`prompt`: a user's message, or all messages. `end`: a token that the answer does not have."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         self._body = json.dumps(
             {
                 "model": model,
                 "messages": messages,
                 "max_tokens": tokens,
-                "logit_bias": {END: -100},
+                "logit_bias": {str(end): -100},
                 "stream": True,
                 "stream_options": {"include_usage": True},
             }
@@ -41,6 +43,7 @@ class Stream:
         self.text = ""
         self.usage: dict[str, int] = {}
         self.complete = False
+        self.error = ""  # why it is not
 
     @property
     def ttft(self) -> float:
@@ -68,6 +71,8 @@ class Stream:
             self.complete = True
         elif event.startswith(b"data: "):
             chunk = json.loads(event[6:])
+            if "error" in chunk:
+                self.error = chunk["error"]["message"]
             self.usage = chunk.get("usage") or self.usage
             for choice in chunk.get("choices", []):
                 if text := choice["delta"].get("content"):
