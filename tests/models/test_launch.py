@@ -131,7 +131,7 @@ def test_the_service_starts_the_first_node_with_the_same_options(more: dict[str,
     found = launched(**more)
     [engine] = found.models[0].engines
     endpoint = Endpoint(uds="socket") if engine.kind == "vllm" else Endpoint(port=1)
-    started = values(kinds._program(engine, str(engine.path), endpoint))
+    started = values(kinds._program(engine, str(engine.path), endpoint, None))
     shown = values(found.nodes[0])
     places = {"--uds", "--host", "--port"}
     assert {k: v for k, v in started.items() if k not in places} == {

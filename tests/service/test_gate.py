@@ -15,6 +15,7 @@ from deepseek_api_compat.config import Settings
 from deepseek_api_compat.gateway import app
 from deepseek_api_compat.gateway.app import Application, shared_cells
 from deepseek_api_compat.gateway.gate import Route
+from deepseek_api_compat.gateway.idempotency import Repeats
 from deepseek_api_compat.gateway.public import PUBLIC
 from deepseek_api_compat.gateway.shared import SharedMemory
 from deepseek_api_compat.security.keys import KeyTable, new_key
@@ -56,7 +57,8 @@ def routes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Route]:
 
     memory = SharedMemory.create(shared_cells(settings))
     keys = KeyTable([], bytes(32))
-    Application(settings, keys, memory, worker=0, wake_fds=[], my_fd=0, created=0, ask=ask, on_doubt=doubt)
+    reach = {"ask": ask, "repeats": Repeats(ask, doubt), "on_doubt": doubt}
+    Application(settings, keys, memory, worker=0, wake_fds=[], my_fd=0, created=0, **reach)
     return built[0]
 
 

@@ -45,7 +45,7 @@ def test_it_is_answered_once(service: Service) -> None:
     assert "idempotent-replayed" not in first.headers
     for _ in range(8):
         again = send(service, body, "once")
-        assert (again.status, again.body) == (200, first.body)
+        assert (again.status, again.json()) == (200, first.json())
         assert again.headers["idempotent-replayed"] == "true"
         assert again.headers["x-request-id"] != first.headers["x-request-id"]
     assert ledger.row(service, first.headers["x-request-id"])["completion_tokens"] == 5
