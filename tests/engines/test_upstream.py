@@ -755,6 +755,29 @@ async def test_unix_socket(tmp_path: Path) -> None:
         assert upstream.where == path
 
 
+async def test_more_connect_at_once_than_a_unix_socket_lets_wait(tmp_path: Path) -> None:
+    """As when a hundred answers leave a dead engine for this one."""
+    path = str(tmp_path / "engine.sock")
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as others:
+        listener.bind(path)
+        listener.listen(1)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other = others.enter_context(socket.socket(socket.AF_UNIX))
+                other.setblocking(False)
+                other.connect(path)
+        impatient = Upstream(Endpoint(uds=path), connect_timeout=0.1)
+        error = await failure(impatient)
+        assert type(error) is EngineUnavailable
+        assert "within 0.1 seconds" in str(error)
+        upstream = Upstream(Endpoint(uds=path), connect_timeout=30.0, read_timeout=30.0)
+        answers = [asyncio.ensure_future(upstream.fetch("GET", "/")) for _ in range(40)]
+        await asyncio.sleep(0.05)  # they have tried, and could not get in
+        async with HttpServer(answering(ok()), uds=path, listener=listener.dup()):
+            assert await asyncio.gather(*answers) == [(200, b"hello")] * 40
+            await upstream.close()
+
+
 async def test_tls(monkeypatch: pytest.MonkeyPatch) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(CERTIFICATE)

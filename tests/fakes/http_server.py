@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
@@ -62,21 +63,33 @@ Script = Callable[[Peer], Awaitable[None]]
 
 
 class HttpServer:
-    """Runs a script for each connection, on a TCP port (0: one of its own) or a Unix socket."""
+    """Runs a script for each connection, on a TCP port (0: one of its own) or a Unix socket.
+
+    listener: a Unix socket at `uds` which listens already, and lets one connection wait.
+    """
 
     def __init__(
-        self, script: Script, *, uds: str | None = None, port: int = 0, tls: ssl.SSLContext | None = None
+        self,
+        script: Script,
+        *,
+        uds: str | None = None,
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+        listener: socket.socket | None = None,
     ) -> None:
         self.connections = 0
         self._script = script
         self._uds = uds
         self._port = port
         self._tls = tls
+        self._listener = listener
         self._peers: list[Peer] = []
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> HttpServer:
-        if self._uds is not None:
+        if self._listener is not None:
+            self._server = await asyncio.start_unix_server(self._accept, sock=self._listener, backlog=1)
+        elif self._uds is not None:
             self._server = await asyncio.start_unix_server(self._accept, self._uds)
         else:
             self._server = await asyncio.start_server(self._accept, "127.0.0.1", self._port, ssl=self._tls)

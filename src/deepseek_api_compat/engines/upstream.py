@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import ssl
 from collections.abc import Callable
 from types import TracebackType
@@ -40,6 +41,7 @@ MAX_BODY = 64 * 1024 * 1024
 MAX_HEADS = 256  # request heads kept; each (method, path) costs one
 KEEP_IDLE = 60.0  # seconds; what lies idle longer may be cut by a firewall that tells nobody
 RETRY_AFTER = 1.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.05  # seconds between two attempts to get into a full queue
 
 _PATH = re.compile(r"/[!-~]*")
 _METHOD = re.compile(r"[A-Z]+")
@@ -554,13 +556,35 @@ class Upstream:
         endpoint = self.endpoint
         name = endpoint.host if endpoint.tls else None
         if endpoint.uds is not None:
+            made = await _unix_socket(endpoint.uds)
             await loop.create_unix_connection(
-                lambda: connection, endpoint.uds, ssl=self._ssl, server_hostname=name
+                lambda: connection, sock=made, ssl=self._ssl, server_hostname=name
             )
         else:  # both event loops set TCP_NODELAY
             await loop.create_connection(
                 lambda: connection, endpoint.host, endpoint.port, ssl=self._ssl, server_hostname=name
             )
+
+
+async def _unix_socket(path: str) -> socket.socket:
+    """A connection to it. Waits while as many wait to be accepted as may: Linux refuses more, with EAGAIN.
+
+    A TCP connection would wait in the kernel. asyncio takes a refusal for a connection, uvloop for a failure.
+    """
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        made.setblocking(False)
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                made.connect(path)
+                return made
+            except BlockingIOError:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+    except BaseException:
+        made.close()
+        raise
 
 
 async def _send_slices(connection: _Connection, response: Response, body: bytes) -> None:
