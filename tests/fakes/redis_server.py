@@ -12,9 +12,11 @@ BINARY = shutil.which("redis-server") or shutil.which("valkey-server")
 
 
 class RedisServer:
-    """Started when the constructor returns; without anything on disk."""
+    """Started when the constructor returns. Killed, it forgets all that it does not keep on disk."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, keeps: bool = False) -> None:
+        self._folder = folder
+        self._keeps = keeps
         self._socket = folder / "redis.sock"
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"unix://{self._socket}"
@@ -31,7 +33,9 @@ class RedisServer:
             "--save",
             "",
             "--appendonly",
-            "no",
+            "yes" if self._keeps else "no",
+            "--dir",
+            str(self._folder),
         ]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 10

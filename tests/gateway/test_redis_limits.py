@@ -27,12 +27,18 @@ ALICE = Principal(id="alice", name="", role="user", index=1, limits=LIMITS, budg
 
 
 @pytest.fixture
-def server():
+def keeps():
+    """Whether the server still has its data when it comes back."""
+    return False
+
+
+@pytest.fixture
+def server(keeps):
     """A server that the test may kill."""
     if servers.BINARY is None:
         pytest.skip("Redis is not installed: on Debian and Ubuntu, apt-get install redis-server")
     with TemporaryDirectory(dir="/tmp") as folder:
-        server = servers.RedisServer(Path(folder))
+        server = servers.RedisServer(Path(folder), keeps=keeps)
         yield server
         server.kill()
 
@@ -47,10 +53,14 @@ class Machines:
         self.failures = 0
         self.lost = 0
 
-    def make(self, place=None):
+    def machine(self):
+        """The memory that the workers of a machine share."""
+        return SharedMemory.create(LocalLimiter.cells_for(1, 2))
+
+    def make(self, place=None, memory=None, worker=0):
         models = [ModelSettings(name="m", limits=ModelLimitSettings(tokens_per_minute=5000))]
-        memory = SharedMemory.create(LocalLimiter.cells_for(1, 1))
-        local = LocalLimiter(memory, 0, LimitSettings(requests_per_second=0), models, workers=1)
+        memory, limits = memory or self.machine(), LimitSettings(requests_per_second=0)
+        local = LocalLimiter(memory, 0, limits, models, workers=2, worker=worker)
         number = next(self._names)
         counters = RedisCounters(self._server.url, place or f"machine{number}:0", str(number))
         limiter = RedisLimiter(local, counters, on_failure=self._fail, on_lost=self._lose)
@@ -151,10 +161,66 @@ async def test_without_redis_each_machine_goes_on_alone_and_tells_later(machines
     server.start()
     await until(lambda: not limiter.away)
     await limiter.settled()
-    assert await spent(limiter) == 500
-    (await request(limiter, 1, 1)).give_back()
     assert await spent(limiter) == 600
+    assert limiter.local.usage(1).spent == 600
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["with its data", "empty"])
+async def test_what_workers_spent_alone_counts_once_whoever_tells_first(machines, server, keeps):
+    memory = machines.machine()
+    first, late = [machines.make(f"one:{worker}", memory, worker) for worker in range(2)]
+    other = machines.make()
+    workers = first, late, other
+    for money, worker in zip((100, 50, 30), workers, strict=True):
+        (await request(worker, money, money)).settle(money, money)
+        await worker.settled()
+    (await request(other, 0, 0)).give_back()  # all have heard of 180
+    (await request(first, 0, 0)).give_back()
+    under_way = [await request(worker, 40, 40) for worker in workers]
+    for worker in workers:
+        await worker.settled()
+    server.kill()
+    await until(lambda: all(worker.away for worker in workers))
+    for money, worker, grant in zip((7, 11, 13), workers, under_way, strict=True):
+        (await request(worker, money, money)).settle(money, money)
+        grant.settle(2 * money, 2 * money)
+    assert first.local.usage(1).spent == 180 + 3 * (7 + 11)
+    async with late._sending:  # the others tell, and admit, before this one does
+        server.start()
+        await until(lambda: not first.away and not other.away)
+        for worker in (first, other, first):
+            (await request(worker, 1, 1)).settle(1, 1)
+            await worker.settled()
+        assert await spent(first) == 180 + 3 * (7 + 13) + 3
+        assert first.local.usage(1).spent == 180 + 3 * (7 + 11 + 13) + 3
+    await until(lambda: not late.away)
+    wanted = 180 + 3 * (7 + 11 + 13) + 3
+    assert await spent(late) == wanted
+    for worker in workers:
+        (await request(worker, 0, 0)).give_back()
+        await worker.settled()
+        assert worker.local.usage(1).spent == worker.local.usage(1).tokens_today == wanted
+    usage = await first.usage("alice")
+    assert (usage.running, usage.reserved, usage.spent, usage.tokens_today) == (0, 0, wanted, wanted)
+
+
+@pytest.mark.parametrize("keeps", [True], ids=["with its data"])
+async def test_what_is_under_way_stays_reserved_while_redis_is_away_for_long(machines, server, monkeypatch):
+    monkeypatch.setattr(redis_limits, "PATIENCE", 0.3)
+    one, other = machines.make(), machines.make()
+    grant = await request(one, 500, 500)
+    server.kill()
+    await until(lambda: one.away and other.away)
+    await asyncio.sleep(0.6)
+    server.start()
+    await until(lambda: not one.away and not other.away)
+    assert (await one.usage("alice")).reserved == 500
+    with pytest.raises(InsufficientQuota):
+        await request(other, 1, 501)
+    grant.settle(300, 300)
+    assert await spent(one) == 300
+    await until_usage(other, running=0, reserved=0, spent=300)
 
 
 async def test_what_was_used_while_redis_hung_is_told_once(machines, server):
@@ -265,11 +331,11 @@ async def test_what_is_charged_while_redis_is_away_is_told_when_it_is_back(machi
     server.kill()
     await until(lambda: limiter.away)
     limiter.charge("alice", 1, 0, tokens=60, money=700)
-    assert limiter.local.usage(1).spent == 700, "this machine knows at once"
+    assert limiter.local.usage(1).spent == 701, "this machine knows at once"
     limiter.charge("gone", None, None, tokens=5, money=5)  # a key and a model that were deleted
     server.start()
     await until(lambda: not limiter.away)
-    assert (await limiter.usage("alice")).spent == 700
+    assert (await limiter.usage("alice")).spent == 701
 
 
 async def test_a_deleted_key_leaves_nothing(machines):

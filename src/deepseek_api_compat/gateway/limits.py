@@ -29,7 +29,7 @@ from deepseek_api_compat.store.base import MICRO
 
 MAX_KEYS = 65536
 # An account: its counters, then its windows.
-COUNTERS = 8
+COUNTERS = 10
 REQUESTS, REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE = WINDOWS = range(COUNTERS, COUNTERS + 3 * CELLS, CELLS)
 ACCOUNT = WINDOWS.stop
 DAY = 86400  # seconds

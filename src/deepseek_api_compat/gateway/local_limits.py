@@ -6,7 +6,7 @@ A request that has something to return (a place among the running, tokens or mon
 its worker's part of a table. When a worker dies the supervisor gives back what its rows hold; `busy` names
 the accounts in whose middle the worker died, and those are summed up anew from the rows.
 
-    accounts x (8 counters, 3 windows)
+    accounts x (10 counters, 3 windows)
     workers x (busy key, busy model, rows ever used, -, ROWS x row)
 
 Key before model is the order of locks. Rows are written under the lock of the account they name.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from fcntl import LOCK_EX, LOCK_UN, lockf
+from typing import NamedTuple
 
 from deepseek_api_compat.config import LimitSettings, ModelSettings
 from deepseek_api_compat.errors import ApiError, EngineUnavailable
@@ -46,6 +47,8 @@ from deepseek_api_compat.security.keys import Principal
 # An account's counters. LIFE counts the keys that had this slot: what an earlier one began is not billed
 # to the next. SECONDS (float) is how long a request runs, in the mean.
 RUNNING, RESERVED, SPENT, TODAY, TODAY_USED, TODAY_RESERVED, LIFE, SECONDS = range(8)
+# What all machines know of SPENT and of TODAY_USED; the rest is this one's own, and yet to be told.
+HEARD, HEARD_TODAY = range(8, COUNTERS)
 
 # A row: for its key and for its model the account (+ 1, with its life above), whether it is counted as
 # running, and the entry (+ 1) in the token window; what is reserved, and of which day.
@@ -59,6 +62,16 @@ WORKER = 4 + ROWS * ROW
 _LIFE = 20  # bits below a life in a row
 _ACCOUNT = (1 << _LIFE) - 1
 _LOCKS = 1 << 20  # offset of the accounts' locks in the file; slots.py locks its first byte
+
+
+class Untold(NamedTuple):
+    """What was used of an account in its life `life`, on UTC day number `day`, and is counted here."""
+
+    account: int
+    life: int
+    day: int
+    tokens: int
+    money: int
 
 
 class LocalLimiter:
@@ -116,10 +129,10 @@ class LocalLimiter:
 
     def load(self, slot: int, spent: int, day: int, tokens_today: int) -> None:
         """What the ledger knows of a key: money spent in all, and tokens of the UTC day number `day`."""
-        self.know(slot % MAX_KEYS, spent, day, tokens_today)
+        self._load(slot % MAX_KEYS, spent, day, tokens_today)
 
     def load_model(self, model: int, spent: int, day: int, tokens_today: int) -> None:
-        self.know(MAX_KEYS + model, spent, day, tokens_today)
+        self._load(MAX_KEYS + model, spent, day, tokens_today)
 
     def charge(self, slot: int | None, model: int | None, tokens: int, money: int) -> None:
         """Count what the ledger found that a request of a dead worker had used.
@@ -452,17 +465,62 @@ class LocalLimiter:
         self._ints[base + TODAY_USED] += tokens
         self._unlock(number)
 
-    def known(self, number: int) -> tuple[int, int, int]:
-        """What was spent of an account, and what was used on which day: day and tokens of it."""
-        base = self._offset + number * ACCOUNT
-        return self._ints[base + SPENT], self._ints[base + TODAY], self._ints[base + TODAY_USED]
+    # Beside the counters of all machines
 
-    def know(self, number: int, spent: int, day: int, tokens_today: int) -> None:
+    def life(self, number: int) -> int:
+        """Of an account: which of the keys that had its slot has it now."""
+        return self._ints[self._offset + number * ACCOUNT + LIFE]
+
+    def spend_untold(self, number: int, tokens: int, money: int) -> Untold:
+        """As `spend`; the others are told of it later, and then it is over to `told`."""
+        self.spend(number, tokens, money)
+        base = self._offset + number * ACCOUNT
+        return Untold(number, self._ints[base + LIFE], self._ints[base + TODAY], tokens, money)
+
+    def heard(self, number: int, life: int) -> tuple[int, int, int] | None:
+        """What all know to be spent of an account, and used on which day: day and tokens of it."""
         self._lock(number)
         base = self._roll(number)
-        self._ints[base + SPENT] = spent
-        if self._ints[base + TODAY] == day:
-            self._ints[base + TODAY_USED] = tokens_today
+        found = self._ints[base + HEARD], self._ints[base + TODAY], self._ints[base + HEARD_TODAY]
+        alive = self._ints[base + LIFE] == life
+        self._unlock(number)
+        return found if alive else None
+
+    def hear(self, number: int, life: int, spent: int, day: int, tokens_today: int) -> None:
+        """What all machines have spent of an account by now, and used on that day."""
+        self.told(Untold(number, life, 0, 0, 0), (spent, day, tokens_today))
+
+    def told(self, untold: Untold, known: tuple[int, int, int] | None) -> None:
+        """All have been told; `known` is as in `hear`, and has it in it."""
+        ints = self._ints
+        self._lock(untold.account)
+        base = self._roll(untold.account)
+        if ints[base + LIFE] == untold.life:
+            ints[base + SPENT] -= untold.money
+            if ints[base + TODAY] == untold.day:
+                ints[base + TODAY_USED] -= untold.tokens
+            if known is not None:
+                self._hear(base, *known)
+        self._unlock(untold.account)
+
+    def _hear(self, base: int, spent: int, day: int, tokens_today: int) -> None:
+        """The account is locked. What comes late, or from a Redis that has lost its data, changes nothing."""
+        ints = self._ints
+        if (more := spent - ints[base + HEARD]) > 0:
+            ints[base + SPENT] += more
+            ints[base + HEARD] = spent
+        if ints[base + TODAY] == day and (more := tokens_today - ints[base + HEARD_TODAY]) > 0:
+            ints[base + TODAY_USED] += more
+            ints[base + HEARD_TODAY] = tokens_today
+
+    def _load(self, number: int, spent: int, day: int, tokens_today: int) -> None:
+        """What the ledger knows has in it what was charged before."""
+        ints = self._ints
+        self._lock(number)
+        base = self._roll(number)
+        spent -= ints[base + SPENT] - ints[base + HEARD]
+        tokens_today -= ints[base + TODAY_USED] - ints[base + HEARD_TODAY]
+        self._hear(base, spent, day, tokens_today)
         self._unlock(number)
 
     def _roll(self, number: int) -> int:
@@ -472,6 +530,7 @@ class LocalLimiter:
         if today > self._ints[base + TODAY]:  # a clock that is set back begins no day
             self._ints[base + TODAY] = today
             self._ints[base + TODAY_USED] = self._ints[base + TODAY_RESERVED] = 0
+            self._ints[base + HEARD_TODAY] = 0
         return base
 
     def _take_row(self) -> int:

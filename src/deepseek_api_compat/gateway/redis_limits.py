@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from deepseek_api_compat.errors import ApiError
 from deepseek_api_compat.gateway.limits import (
+    MAX_KEYS,
     REQUESTS,
     REQUESTS_PER_MINUTE,
     Allowance,
@@ -27,7 +28,7 @@ from deepseek_api_compat.gateway.limits import (
     over_window,
     worst,
 )
-from deepseek_api_compat.gateway.local_limits import LocalGrant, LocalLimiter
+from deepseek_api_compat.gateway.local_limits import LocalGrant, LocalLimiter, Untold
 from deepseek_api_compat.gateway.windows import Window
 from deepseek_api_compat.security.keys import Principal
 from deepseek_api_compat.store.redis_counters import RedisAway, RedisCounters, Reply
@@ -35,6 +36,7 @@ from deepseek_api_compat.store.redis_counters import RedisAway, RedisCounters, R
 BEAT = 1.0  # seconds, about: how often a worker says that it lives
 PATIENCE = 5.0  # seconds of silence after which a worker's reservations are given back
 MAX_WAITING = 10_000  # steps that wait for Redis
+FLOORS = "key_floor", "model_floor"
 _LETTERS = {REQUESTS: "r", REQUESTS_PER_MINUTE: "m"}
 logger = logging.getLogger("deepseek_api")
 
@@ -46,6 +48,8 @@ class Step(NamedTuple):
     key: str
     model: str
     arguments: dict[str, Any]
+    of_key: Untold | None = None
+    of_model: Untold | None = None
 
 
 class RedisLimiter:
@@ -140,54 +144,63 @@ class RedisLimiter:
     async def reserve(self, grant: RedisGrant, tokens: int, money: int) -> None:
         """See Grant. If Redis goes away in between, the request goes on: it was admitted."""
         plans = [grant.plan] if grant.model is None else [grant.plan, grant.model]
+        accounts = [(plan.account, self.local.life(plan.account)) for plan in plans]
         wanted: dict[str, Any] = {"tokens": tokens, "money": money}
-        for name, plan in zip(("key_floor", "model_floor"), plans, strict=False):
-            wanted[name] = self.local.known(plan.account)
+        for name, account in zip(FLOORS, accounts, strict=False):
+            wanted[name] = self.local.heard(*account)
         try:
             reply = await self._ask("reserve", grant, wanted)
         except RedisAway as error:
             self.fell_away(error)
             return
-        for plan, known in zip(plans, (reply.key, reply.model), strict=False):
+        for account, known in zip(accounts, (reply.key, reply.model), strict=False):
             if known is not None:
                 # For when this machine is alone.
-                self.local.know(plan.account, *known)
+                self.local.hear(*account, *known)
         grant.take_allowances(reply)
         if reply.refused:
             grant.open = False
             raise refusal(reply, grant, tokens, plans)
 
-    def tell(self, operation: str, grant: RedisGrant, arguments: dict[str, Any]) -> None:
-        """Tell Redis soon, once, and in order."""
-        self._queue(operation, *self._names(grant), self._arguments(grant, arguments))
+    def tell(
+        self,
+        operation: str,
+        grant: RedisGrant,
+        arguments: dict[str, Any],
+        of_key: Untold | None = None,
+        of_model: Untold | None = None,
+    ) -> None:
+        """Tell Redis soon, once, and in order. Until then this machine counts what is untold by itself."""
+        key, model = self._names(grant)
+        self._queue(Step(operation, key, model, self._arguments(grant, arguments), of_key, of_model))
 
-    def _queue(self, operation: str, key: str, model: str, arguments: dict[str, Any]) -> None:
+    def _queue(self, step: Step) -> None:
         if len(self._waiting) >= MAX_WAITING:
             self._on_lost()
             return
-        arguments["number"] = next(self._numbers)
-        self._waiting.append(Step(operation, key, model, arguments))
+        step.arguments["number"] = next(self._numbers)
+        self._waiting.append(step)
         self._idle.clear()
         self._something.set()
 
     def charge(self, key: str, slot: int | None, model: int | None, tokens: int, money: int) -> None:
         """As LocalLimiter.charge; `key` is the key's id."""
-        if self.away:
-            self.local.charge(slot, model, tokens, money)
         name = "" if model is None else self._plans.models[model].name
         # Of an id that Redis knows no grant of: what was reserved is given back when the worker is forgotten.
         arguments: dict[str, Any] = {"id": f"lost/{next(self._ids)}", "key": {}, "model": {}}
         arguments |= {"tokens": tokens, "money": money, "refused": False}
         if self._clock is not None:
             arguments["now"] = self._clock()
-        self._queue("settle", "" if slot is None else key, name, arguments)
+        of_key = None if slot is None else self.local.spend_untold(slot % MAX_KEYS, tokens, money)
+        of_model = None if model is None else self.local.spend_untold(MAX_KEYS + model, tokens, money)
+        self._queue(Step("settle", "" if slot is None else key, name, arguments, of_key, of_model))
 
-    def spend_alone(self, grant: RedisGrant, tokens: int, money: int) -> None:
-        """While Redis is away, let this machine's counters know what was used."""
-        if self.away:
-            for plan in (grant.plan, grant.model):
-                if plan is not None:
-                    self.local.spend(plan.account, tokens, money)
+    def settle(self, grant: RedisGrant, tokens: int, money: int, *, refused: bool) -> None:
+        of_key = self.local.spend_untold(grant.plan.account, tokens, money)
+        model = grant.model
+        of_model = None if model is None else self.local.spend_untold(model.account, tokens, money)
+        arguments = {"tokens": tokens, "money": money, "refused": refused}
+        self.tell("settle", grant, arguments, of_key, of_model)
 
     def fell_away(self, error: Exception) -> None:
         self._on_failure()
@@ -239,9 +252,19 @@ class RedisLimiter:
     async def _flush(self) -> None:
         async with self._sending:
             while self._waiting:
-                await self._counters.step(*self._waiting[0])
+                await self._tell(self._waiting[0])
                 self._waiting.popleft()
             self._idle.set()
+
+    async def _tell(self, step: Step) -> None:
+        arguments, untold = step.arguments, (step.of_key, step.of_model)
+        for name, one in zip(FLOORS, untold, strict=True):
+            if one is not None:
+                arguments[name] = self.local.heard(one.account, one.life)
+        reply = await self._counters.step(step.operation, step.key, step.model, arguments)
+        for one, known in zip(untold, (reply.key, reply.model), strict=True):
+            if one is not None:
+                self.local.told(one, known)
 
     async def _beat(self) -> None:
         while not self._closing:
@@ -304,9 +327,7 @@ class RedisGrant:
         if self.open:
             self.open = False
             if self.stored or tokens or money or refused:
-                self._limiter.spend_alone(self, tokens, money)
-                arguments = {"tokens": tokens, "money": money, "refused": refused}
-                self._limiter.tell("settle", self, arguments)
+                self._limiter.settle(self, tokens, money, refused=refused)
 
 
 class LonelyGrant:
@@ -340,8 +361,11 @@ class LonelyGrant:
 
     def settle(self, tokens: int, money: int) -> None:
         if self._local.open and (tokens or money):
-            arguments = {"tokens": tokens, "money": money, "refused": False}
-            self._limiter.tell("settle", self._told, arguments)
+            day, model = self._local.day, self._told.model
+            arguments = {"tokens": tokens, "money": money, "refused": False, "day": day}
+            of_key = Untold(self._told.plan.account, self._local.life, day, tokens, money)
+            of_model = None if model is None else Untold(model.account, 0, day, tokens, money)
+            self._limiter.tell("settle", self._told, arguments, of_key, of_model)
         self._local.settle(tokens, money)
 
     def give_back(self) -> None:

@@ -145,7 +145,8 @@ local function roll(account, floor)
   if today > number(account, 'day') then
     redis.call('HSET', account, 'day', today, 'used', 0, 'held', 0)
   end
-  -- What a machine's ledger knows is never more than the truth, but may be more than a Redis that lost its data.
+  -- What a machine has heard, or its ledger knows, is never more than the truth, and has nothing in it that is
+  -- yet to be told; but it may be more than a Redis that lost its data knows.
   if floor then
     if floor[1] > number(account, 'spent') then
       redis.call('HSET', account, 'spent', string.format('%.0f', floor[1]))
@@ -315,27 +316,35 @@ end
 
 function operations.settle()
   local grant = load(arg.id)
+  roll(key, arg.key_floor)
+  if arg.model_floor then roll(model, arg.model_floor) end
   if grant then
     settle(grant.key, grant, arg.key, arg.tokens, arg.money, arg.refused)
     if grant.model then settle(grant.model, grant, arg.model, arg.tokens, arg.money, arg.refused) end
     redis.call('HDEL', grants, arg.id)
   elseif not arg.refused then
-    spend(key, arg.key, today, arg.tokens, arg.money)
-    if arg.model then spend(model, arg.model, today, arg.tokens, arg.money) end
+    local day = arg.day or today
+    spend(key, arg.key, day, arg.tokens, arg.money)
+    if arg.model then spend(model, arg.model, day, arg.tokens, arg.money) end
   end
   return {refused = {}, key = known(key), model = known(model)}
 end
 
 -- A worker lives; those that are silent for too long are forgotten, and those that it takes the place of.
+-- Where all were silent Redis itself was away: then each has that long to be heard again.
 -- KEYS: 1 the hash of silence times, 2 this worker's own prefix.
 function operations.beat()
-  local beats = redis.call('HGETALL', key)
+  local beats, newest = redis.call('HGETALL', key), 0
+  for place = 2, #beats, 2 do newest = math.max(newest, tonumber(beats[place])) end
+  local was_away = newest + arg.patience < now
   for place = 1, #beats, 2 do
-    local worker, last = beats[place], tonumber(beats[place + 1])
+    local worker, last = beats[place], was_away and now or tonumber(beats[place + 1])
     local replaced = worker ~= grants and string.sub(worker, 1, #arg.place) == arg.place
     if replaced or last + arg.patience < now then
       forget(worker)
       redis.call('HDEL', key, worker)
+    elseif was_away then
+      redis.call('HSET', key, worker, string.format('%.6f', now))
     end
   end
   redis.call('HSET', key, grants, string.format('%.6f', now))
@@ -359,7 +368,9 @@ end
 -- Steps that are told again, because nobody heard the answer, are numbered: each happens once.
 if arg.number then
   local told = grants .. ':told'
-  if tonumber(redis.call('GET', told) or -1) >= arg.number then return '{}' end
+  if tonumber(redis.call('GET', told) or -1) >= arg.number then
+    return cjson.encode({key = known(key), model = known(model)})
+  end
   redis.call('SET', told, arg.number, 'EX', DAY)
 end
 return cjson.encode(operations[ARGV[1]]())
