@@ -84,7 +84,7 @@ class LiveTable:
     def grow(self) -> list[Row]:
         """Rows that were not there before."""
         start = len(self._maps) * PART
-        _reserve(self.fd, start, PART)
+        reserve(self.fd, start, PART)
         map = mmap.mmap(self.fd, PART, offset=start)
         cells = memoryview(map).cast("q")
         self._maps.append((map, cells))
@@ -104,7 +104,7 @@ class Segment:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self.position = 0
         try:
-            _reserve(self.fd, 0, SEGMENT)
+            reserve(self.fd, 0, SEGMENT)
         except OSError:
             os.close(self.fd)
             path.unlink()
@@ -137,7 +137,7 @@ class Segment:
         os.close(self.fd)
 
 
-def _reserve(fd: int, start: int, size: int) -> None:
+def reserve(fd: int, start: int, size: int) -> None:
     """Take the space on the disk now: a store into a mapping that finds none would kill the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(fd, start, size)

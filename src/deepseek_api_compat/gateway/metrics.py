@@ -1,7 +1,8 @@
 """Counters that Prometheus reads at `/metrics`, added up over all workers.
 
-`prometheus_client` keeps one memory-mapped file per worker in the directory that the supervisor names
-in PROMETHEUS_MULTIPROC_DIR, so counts survive a killed worker. docs/api.md has a line for each metric.
+`prometheus_client` keeps memory-mapped files for each worker (`metric_files.py`) in the directory that the
+supervisor names in PROMETHEUS_MULTIPROC_DIR, so counts survive a killed worker. docs/api.md has a line for
+each metric.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from deepseek_api_compat.errors import ApiError
+from deepseek_api_compat.gateway import metric_files
 from deepseek_api_compat.gateway.pool import ModelPool
+
+metric_files.use()
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
