@@ -31,7 +31,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def engines(kind: str, tmp_path: Path) -> Iterator[tuple[list[SongServer], list[Running]]]:
     """Two servers of one model, slow enough to be killed in mid-answer."""
     folder = write_folder(tmp_path / "song")
-    songs = [FAKES[kind](folder, pace=0.02) for _ in range(2)]
+    songs = [FAKES[kind](folder, pace=0.05) for _ in range(2)]
     running = [Running(song) for song in songs]
     yield songs, running
     for server in running:
