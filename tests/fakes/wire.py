@@ -83,15 +83,19 @@ class Wire:
         status, headers = self.head()
         if head_only or status < 200:
             return Answer(status, headers, b"")
+        return Answer(status, headers, self.body(headers))
+
+    def body(self, headers: dict[str, str]) -> bytes:
+        """The whole body of a response whose head has been read."""
         if "content-length" in headers:
-            return Answer(status, headers, self._exactly(int(headers["content-length"])))
+            return self._exactly(int(headers["content-length"]))
         if headers.get("transfer-encoding") == "chunked":
-            return Answer(status, headers, b"".join(iter(self.chunk, b"")))
+            return b"".join(iter(self.chunk, b""))
         body = self._unread
         while data := self.socket.recv(65536):
             body += data
         self._unread = b""
-        return Answer(status, headers, body)
+        return body
 
     def head(self) -> tuple[int, dict[str, str]]:
         """Status and headers (lower-cased names) of the next response."""
