@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -496,6 +497,33 @@ def test_a_locked_database_stops_nothing(start, priced: str, upstream: ChatUpstr
         ids = {post(service, SHORT).headers["x-request-id"] for _ in range(10)}
         other.execute("ROLLBACK")
     assert {id for id in ids if ledger.row(service, id)["outcome"] == "ok"} == ids
+
+
+def test_what_was_spent_is_known_as_soon_as_the_database_can_be_read(
+    start, priced: str, upstream: ChatUpstream
+):
+    """It can't be at the start: a full disk or a damaged file must not make a budget new."""
+    first = start(priced)
+    key = first.new_key("poor", "--budget", "0.0006")
+    statuses = [answer.status for answer in series(first, key, 50)]
+    assert statuses.count(200) > 40
+    assert statuses[-1] == 402
+    assert first.stop(signal.SIGTERM) == 0
+    database, aside = first.data_dir / "ledger.db", first.data_dir / "aside"
+    database.rename(aside)
+    database.write_bytes(b"no database" * 1000)
+    second = start(priced, data_dir=first.data_dir)
+    eventually(lambda: problems(second), what="the intake has a problem")
+    assert post(second, SHORT, key).status == 200
+    aside.replace(database)
+    eventually(lambda: not problems(second), what="the intake goes on")
+    spent = statuses.count(200) + 1
+    while post(second, SHORT, key).status == 200:
+        spent += 1
+        assert spent < statuses.count(200) + 30, "a new budget would be refused after more"
+        time.sleep(0.3)
+    rows = ledger.rows_of_key(second, "poor", spent)
+    assert ledger.spent(second, "poor") == sum(row["price"] for row in rows)
 
 
 @pytest.mark.parametrize("policy", ["serve", "refuse"])

@@ -103,7 +103,7 @@ def test_ten_times_what_a_key_may_use_is_never_more_and_never_less(service: Serv
     _, tokens = used(service, "daily", admitted[1] + 1)
     assert daily - reserved < tokens <= daily
     print(
-        f"{admitted} admitted; {money / UNIT:g} of 400 spent; {reserved} reserved each, {tokens} tokens of {daily} used"
+        f"{admitted} admitted; {money / UNIT:g} of 400 spent; {tokens} of {daily} used, {reserved} reserved"
     )
 
 

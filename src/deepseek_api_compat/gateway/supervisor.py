@@ -47,6 +47,7 @@ from deepseek_api_compat.store.ledger import LedgerRow
 
 MAX_START_FAILURES = 3
 ACK_TIMEOUT = 5.0
+LOAD_AGAIN = 1.0  # seconds between two tries to read what keys have spent
 LOGGED_BODIES = "log.bodies is on: what users ask is written to the log, in plain text."
 logger = logging.getLogger("deepseek_api")
 
@@ -132,7 +133,8 @@ class Supervisor:
         # After the control socket is there, so that no key made in between is missed.
         self._keys = await asyncio.to_thread(self._admin.store.list)
         self._intake.start()
-        await self._load_limits()
+        if not await self._load_limits():
+            self._own(self._load_limits_late())
         self._replicas = replicas_of(self._settings, self._lifeline, self._on_replica_change)
         keepers = [self._own(self._keep_worker(worker)) for worker in self._workers]
         self._own(self._tell_of_intake())
@@ -161,8 +163,15 @@ class Supervisor:
                 for worker in self._workers:
                     worker.send(channel.Intake(told))
 
-    async def _load_limits(self) -> None:
-        """What keys have used before this start counts against their budgets and days."""
+    async def _load_limits_late(self) -> None:
+        """What was spent must not be forgotten because the disk was full at the start."""
+        while not self._stopping.is_set():
+            await asyncio.sleep(LOAD_AGAIN)
+            if self._intake.state.problem is None and await self._load_limits():
+                return
+
+    async def _load_limits(self) -> bool:
+        """What keys have used before this start counts against their budgets and days. False: not known."""
         self._intake.directory.mkdir(mode=0o700, exist_ok=True)
         day = int(time.time()) // 86400
         try:
@@ -171,7 +180,7 @@ class Supervisor:
         except (SetupError, OSError) as error:
             # The ledger's own policy decides whether requests are served; the intake goes on trying.
             logger.error("limits: what keys have spent is not known: %s", error)
-            return
+            return False
         for key in self._keys:
             if key.id in spent:
                 self._limiter.load(key.slot, spent[key.id].price, day, spent[key.id].tokens_today)
@@ -179,6 +188,7 @@ class Supervisor:
             if model.name in of_models:
                 used = of_models[model.name]
                 self._limiter.load_model(index, used.price, day, used.tokens_today)
+        return True
 
     def _on_lost(self, rows: list[LedgerRow]) -> None:
         """In the intake's thread: locks of this process's limiter keep its own threads from nothing."""
