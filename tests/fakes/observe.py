@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,19 @@ def descendants(pid: int) -> set[int]:
     """All processes below `pid`."""
     found: set[int] = set()
     for task in Path(f"/proc/{pid}/task").glob("*"):
-        for child in map(int, (task / "children").read_text().split()):
-            found |= {child} | descendants(child)
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            for child in map(int, (task / "children").read_text().split()):
+                found |= {child} | descendants(child)
     return found
+
+
+def engine_pid(service: Service) -> int | None:
+    """The process of the embedded engine, if there is one; quicker than to ask the service."""
+    for pid in descendants(service.process.pid):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if b"llamacpp_server" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+    return None
 
 
 def watched(service: Service) -> Iterator[Service]:

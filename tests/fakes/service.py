@@ -107,7 +107,7 @@ def _command_line(pid: str) -> bytes:
         return b""
 
 
-def eventually(condition: Any, timeout: float = 10.0, what: str = "the condition") -> Any:
+def eventually(condition: Any, timeout: float = 30.0, what: str = "the condition") -> Any:
     """The first true value of `condition()`, asked often; fails after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fakes.chat_upstream import ChatUpstream, answering_all
-from fakes.configs import ENGINE, ENVIRONMENT, IMPATIENT, upstream_model
+from fakes.configs import ENGINE, ENVIRONMENT, IMPATIENT, PATIENT, upstream_model
 from fakes.observe import watched
 from fakes.service import Service
 from fakes.wire import Wire
@@ -59,19 +59,35 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 @pytest.fixture(scope="session")
 def relay_service(start: Start, chat_upstream: ChatUpstream) -> Service:
+    capped = [upstream_model(name, chat_upstream, concurrency=2) for name in ("capped", "timed")]
+    plain = [upstream_model(name, chat_upstream) for name in ("relay", "counted")]
+    return start("".join([PATIENT, *plain, *capped]))
+
+
+@pytest.fixture
+def relay(relay_service: Service, upstream: ChatUpstream) -> Iterator[Service]:
+    """One worker; the models `relay`, without a cap, and `capped`, two requests at a time.
+
+    `counted` and `timed` are such models too, each asked by one test only.
+    """
+    yield from watched(relay_service)
+
+
+@pytest.fixture(scope="session")
+def impatient_service(start: Start, chat_upstream: ChatUpstream) -> Service:
     capped = upstream_model("capped", chat_upstream, concurrency=2)
     return start(IMPATIENT + upstream_model("relay", chat_upstream) + capped)
 
 
 @pytest.fixture
-def relay(relay_service: Service, upstream: ChatUpstream) -> Iterator[Service]:
-    """One worker; the models `relay`, without a cap, and `capped`, two requests at a time."""
-    yield from watched(relay_service)
+def impatient(impatient_service: Service, upstream: ChatUpstream) -> Iterator[Service]:
+    """As `relay`, with early keep-alives and little time for slow clients."""
+    yield from watched(impatient_service)
 
 
 @pytest.fixture(scope="session")
 def engine_service(start: Start) -> Service:
-    return start(IMPATIENT + ENGINE, "--workers", "2")
+    return start(PATIENT + ENGINE, "--workers", "2")
 
 
 @pytest.fixture

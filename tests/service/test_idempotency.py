@@ -14,7 +14,7 @@ import pytest
 from deepseek_api_compat import OpenAI
 from fakes import ledger
 from fakes.chat_upstream import ChatUpstream, answering_all, holding, replying
-from fakes.configs import ENGINE, IMPATIENT, chat, upstream_model
+from fakes.configs import ENGINE, PATIENT, chat, upstream_model
 from fakes.http_server import ok
 from fakes.service import Service
 from fakes.wire import Answer, Wire, call, request
@@ -24,7 +24,7 @@ PATH = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def shared(start: Callable[..., Service], chat_upstream: ChatUpstream) -> Service:
-    return start(IMPATIENT + ENGINE + upstream_model("relay", chat_upstream), "--workers", "2")
+    return start(PATIENT + ENGINE + upstream_model("relay", chat_upstream), "--workers", "2")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from fakes.chat_upstream import ChatUpstream
-from fakes.configs import IMPATIENT, upstream_model
+from fakes.configs import PATIENT, upstream_model
 from fakes.service import Service
 from fakes.wire import call, request
 
@@ -18,7 +18,7 @@ TRIES = 12  # connections of their own; that two workers leave one of them out i
 
 @pytest.fixture(scope="module")
 def service(start, chat_upstream: ChatUpstream) -> Iterator[Service]:
-    service = start(IMPATIENT + upstream_model("relay", chat_upstream), "--workers", "2")
+    service = start(PATIENT + upstream_model("relay", chat_upstream), "--workers", "2")
     yield service
     assert service.stop() == 0
 
@@ -88,6 +88,6 @@ def test_a_key_expires_without_being_told(service: Service):
 def test_a_backup_of_a_running_service_serves(service: Service, start, chat_upstream: ChatUpstream, tmp_path):
     key = service.new_key("saved")
     service.command("keys", "backup", str(tmp_path / "backup"))
-    restored = start(IMPATIENT + upstream_model("relay", chat_upstream), data_dir=tmp_path / "backup")
+    restored = start(PATIENT + upstream_model("relay", chat_upstream), data_dir=tmp_path / "backup")
     assert answers(restored, key) == GOOD
     assert restored.stop() == 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 from fakes.chat_upstream import ChatUpstream, answering_all, holding
-from fakes.configs import chat
+from fakes.configs import chat, counting
 from fakes.http_server import Peer, Request
 from fakes.observe import engine_busy, metrics, waiting
 from fakes.service import Service, eventually
@@ -35,6 +36,17 @@ def models(service: Service, key: str) -> Answer:
 def worker_of(answer: Answer) -> str:
     """Which worker answered: request ids begin with its own prefix."""
     return answer.headers["x-request-id"][:16]
+
+
+def wire_to_each(service: Service) -> list[Wire]:
+    """A connection to each of two workers: which of them gets one is the kernel's choice."""
+    wires: dict[str, Wire] = {}
+    for _ in range(100):
+        wire = Wire(service.port).send(request("GET", "/v1/models", b"", service.key))
+        wires.setdefault(worker_of(wire.answer()), wire)
+        if len(wires) == 2:
+            return list(wires.values())
+    raise AssertionError("only one worker answers")
 
 
 # The queue
@@ -69,30 +81,35 @@ def name_of(sent: Request) -> str:
 
 
 def test_a_full_queue_says_when_to_come_back(relay: Service, upstream: ChatUpstream):
-    """Retry-After follows from how long requests take: here half a second, two at a time."""
+    """Retry-After follows from how long requests take: here half a second or more, two at a time."""
 
     async def play(peer: Peer, sent: Request) -> None:
         await asyncio.sleep(0.5)
         await answering_all(peer, sent)
 
+    def took(_: int) -> float:
+        began = time.monotonic()
+        assert post(relay, chat("timed")).status == 200
+        return time.monotonic() - began
+
     upstream.play(play)
-    for _ in range(3):  # so that the service has learnt it
-        with ThreadPoolExecutor(2) as pool:
-            assert {answer.status for answer in pool.map(post, [relay] * 2, [chat("capped")] * 2)} == {200}
+    with ThreadPoolExecutor(2) as pool:
+        longest = max(pool.map(took, range(6)))  # so that the service has learnt it
     released = asyncio.Event()
     upstream.play(holding(released))
-    wires = [ask(relay, chat("capped")) for _ in range(2 + MAX_QUEUE)]
-    eventually(lambda: waiting(relay, "capped") == MAX_QUEUE, what="a full queue")
+    wires = [ask(relay, chat("timed")) for _ in range(2 + MAX_QUEUE)]
+    eventually(lambda: waiting(relay, "timed") == MAX_QUEUE, what="a full queue")
     for stream in (True, False):
-        answer = post(relay, chat("capped", stream=stream))
+        answer = post(relay, chat("timed", stream=stream))
         assert (answer.status, answer.error["code"]) == (429, "queue_full")
         assert answer.error["type"] == "rate_limit_error"
-        assert answer.headers["retry-after"] == "2"  # (6 + 1) x 0.5 s / 2 slots, rounded up
+        # (6 + 1) x 0.5 s / 2 slots, rounded up; more on a machine that has kept its clients waiting.
+        assert 2 <= int(answer.headers["retry-after"]) <= math.ceil(7 * longest / 2)
     upstream.run(released.set)
     assert {wire.answer().status for wire in wires} == {200}
     for wire in wires:
         wire.close()
-    assert post(relay, chat("capped")).status == 200
+    assert post(relay, chat("timed")).status == 200
 
 
 def test_a_full_queue_of_one_model_is_no_concern_of_another(relay: Service, upstream: ChatUpstream):
@@ -126,9 +143,11 @@ def test_two_workers_share_the_slots_of_one_engine(service: Service):
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        body = chat("tiny", "Count.", max_tokens=30, temperature=1.0)
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(post, [service] * 8, [body] * 8))
+        wires = [wire for _ in range(4) for wire in wire_to_each(service)]
+        body = counting("tiny", max_tokens=12)
+        for wire in wires:
+            wire.send(request("POST", PATH, body, service.key))
+        answers = [wire.answer() for wire in wires]
     finally:
         done.set()
         watcher.join()
@@ -139,7 +158,7 @@ def test_two_workers_share_the_slots_of_one_engine(service: Service):
 
 def test_the_queue_is_one_for_all_workers(service: Service):
     """With both slots taken the next six wait, whichever worker has them, and the seventh is refused."""
-    wires = [ask(service, chat("tiny", "Count.", stream=True, max_tokens=1500)) for _ in range(2)]
+    wires = [ask(service, counting("tiny", stream=True, max_tokens=1500)) for _ in range(2)]
     eventually(lambda: engine_busy(service) == 2, what="both slots at work")
     wires += [ask(service, chat("tiny", "Count.", stream=True, max_tokens=2)) for _ in range(MAX_QUEUE)]
     eventually(lambda: waiting(service, "tiny") == MAX_QUEUE, what="a full queue")
@@ -160,14 +179,18 @@ def test_the_queue_is_one_for_all_workers(service: Service):
 def test_a_key_has_its_rate_over_all_workers(service: Service):
     key = service.new_key("slow", "--rps", "5")
     began = time.monotonic()
-    answers = [models(service, key) for _ in range(20)]
-    elapsed = time.monotonic() - began
+    answers, times = [], []
+    while len(answers) < 20 or answers[-1].status == 200:
+        answers.append(models(service, key))
+        times.append(time.monotonic() - began)
+    elapsed = times[-1]
     allowed = [answer for answer in answers if answer.status == 200]
     refused = [answer for answer in answers if answer.status == 429]
-    assert len(allowed) + len(refused) == 20
+    assert len(allowed) + len(refused) == len(answers)
     assert 5 <= len(allowed) <= 5 + 5 * elapsed + 1
     assert allowed[0].headers["x-ratelimit-limit-requests"] == "5"
-    assert [int(answer.headers["x-ratelimit-remaining-requests"]) for answer in allowed[:3]] == [4, 3, 2]
+    for left, answer, time_ in zip((4, 3, 2), allowed, times, strict=False):
+        assert left <= int(answer.headers["x-ratelimit-remaining-requests"]) <= left + int(5 * time_)
     for answer in refused:
         assert answer.error["code"] == "rate_limit_exceeded"
         assert answer.headers["retry-after"] == "1"
@@ -179,7 +202,7 @@ def test_a_key_has_its_rate_over_all_workers(service: Service):
 
 
 def test_one_keys_rate_is_no_concern_of_another(service: Service):
-    slow, other = service.new_key("slow", "--rps", "1"), service.new_key("other")
+    slow, other = service.new_key("slow", "--rps", "0.01"), service.new_key("other")
     assert [models(service, slow).status for _ in range(3)] == [200, 429, 429]
     assert [models(service, other).status for _ in range(20)] == [200] * 20
 

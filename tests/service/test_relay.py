@@ -14,6 +14,7 @@ from fakes.chat_upstream import (
     STREAM_HEAD,
     USAGE,
     ChatUpstream,
+    Play,
     event,
     frame,
     one_by_one,
@@ -21,11 +22,11 @@ from fakes.chat_upstream import (
     streaming,
     usage_event,
 )
-from fakes.configs import IMPATIENT, UPSTREAM_KEY, chat, upstream_model
+from fakes.configs import PATIENT, UPSTREAM_KEY, chat, upstream_model
 from fakes.http_server import Peer, Request, ok
 from fakes.observe import log_of, metrics, ready
 from fakes.service import Service, eventually
-from fakes.wire import Answer, call, request, sse, text_of
+from fakes.wire import Answer, Wire, call, request, sse, text_of
 
 
 def post(service: Service, body: object, path: str = "/v1/chat/completions") -> Answer:
@@ -116,19 +117,18 @@ def test_usage_is_shown_to_those_who_ask(relay: Service, upstream: ChatUpstream)
 
 
 def test_usage_is_counted(relay: Service, upstream: ChatUpstream):
-    def tokens() -> tuple[float, float]:
+    def tokens() -> tuple[float, ...]:
         found = metrics(relay)
         kinds = ("prompt", "completion")
-        return tuple(found.get(f'deepseek_tokens_total{{kind="{kind}",model="relay"}}', 0) for kind in kinds)
+        return tuple(
+            found.get(f'deepseek_tokens_total{{kind="{kind}",model="counted"}}', 0) for kind in kinds
+        )
 
-    before = tokens()
-    assert post(relay, chat("relay")).status == 200
+    assert tokens() == (0, 0)
+    assert post(relay, chat("counted")).status == 200
     upstream.play(streaming(event("a"), usage_event(), DONE))
-    assert stream(relay).status == 200
-    expected = (
-        before[0] + 2 * USAGE["prompt_tokens"],
-        before[1] + 2 * USAGE["completion_tokens"],
-    )
+    assert post(relay, chat("counted", stream=True)).status == 200
+    expected = (2 * USAGE["prompt_tokens"], 2 * USAGE["completion_tokens"])
     eventually(lambda: tokens() == expected, what=f"counted {expected}")
 
 
@@ -176,19 +176,27 @@ def test_events_split_at_every_byte(relay: Service, upstream: ChatUpstream, crlf
             assert b"usage" not in body, cut
 
 
-def test_a_slow_upstream_is_bridged_with_keep_alives(relay: Service, upstream: ChatUpstream):
+def late(service: Service, upstream: ChatUpstream, answer: Play, stream: bool) -> tuple[int, bytes]:
+    """Status and body where the upstream says nothing before the client has seen two keep-alives."""
+    seen = asyncio.Event()
+
     async def play(peer: Peer, sent: Request) -> None:
-        await asyncio.sleep(1.2)
-        streams = json.loads(sent.body).get("stream")
-        await (streaming(event("late"), DONE) if streams else replying(ok(ANSWER)))(peer, sent)
+        await seen.wait()
+        await answer(peer, sent)
 
     upstream.play(play)
-    body = stream(relay).body
-    assert body.startswith(b": keep-alive\n\n: keep-alive\n\n")
-    assert text_of(body) == "late"
-    body = post(relay, chat("relay")).body
-    assert body.startswith(b"\n\n")
-    assert json.loads(body) == json.loads(ANSWER)
+    body = chat("relay", stream=stream)
+    with Wire(service.port) as wire:
+        status, _ = wire.send(request("POST", "/v1/chat/completions", body, service.key)).head()
+        early = wire.chunk() + wire.chunk()
+        assert early == (b": keep-alive\n\n" if stream else b"\n") * 2
+        upstream.run(seen.set)
+        return status, early + b"".join(iter(wire.chunk, b""))
+
+
+def test_a_slow_upstream_is_bridged_with_keep_alives(impatient: Service, upstream: ChatUpstream):
+    assert text_of(late(impatient, upstream, streaming(event("late"), DONE), True)[1]) == "late"
+    assert json.loads(late(impatient, upstream, replying(ok(ANSWER)), False)[1]) == json.loads(ANSWER)
 
 
 # When it goes wrong
@@ -281,25 +289,21 @@ def test_an_answer_cut_short(relay: Service, upstream: ChatUpstream):
     assert post(relay, chat("relay")).error["code"] == "engine_failed"
 
 
-def test_an_answer_for_the_impatient_turns_into_an_error(relay: Service, upstream: ChatUpstream):
+def test_an_answer_for_the_impatient_turns_into_an_error(impatient: Service, upstream: ChatUpstream):
     """After the first keep-alive the status is out: the error is then the body, or an event."""
-
-    async def play(peer: Peer, _: Request) -> None:
-        await asyncio.sleep(0.7)
-        await peer.send(ok(b"{}", status="500 Oops"))
-
-    upstream.play(play)
-    answer = post(relay, chat("relay"))
-    assert (answer.status, answer.json()["error"]["type"]) == (200, "server_error")
-    [event] = sse(stream(relay).body)
-    assert json.loads(event)["error"]["type"] == "server_error"
+    oops = replying(ok(b"{}", status="500 Oops"))
+    status, body = late(impatient, upstream, oops, False)
+    assert (status, json.loads(body)["error"]["type"]) == (200, "server_error")
+    status, body = late(impatient, upstream, oops, True)
+    *_, last = sse(body)
+    assert (status, json.loads(last)["error"]["type"]) == (200, "server_error")
 
 
 def test_readiness_follows_the_upstream(start, chat_upstream: ChatUpstream):
     """Its own upstream, since this one leaves."""
     own = ChatUpstream()
     try:
-        service = start(IMPATIENT + upstream_model("relay", own))
+        service = start(PATIENT + upstream_model("relay", own))
         assert ready(service) == 200
         own.health = 401
         eventually(lambda: ready(service) == 503, what="not ready with a refused key")

@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from fakes.chat_upstream import ANSWER, DONE, ChatUpstream, event, replying, streaming, usage_event
-from fakes.configs import IMPATIENT, chat, upstream_model
+from fakes.configs import PATIENT, chat, upstream_model
 from fakes.http_server import Peer, Request, ok
 from fakes.observe import watched
 from fakes.service import Service
@@ -40,7 +40,7 @@ def two_upstreams(start, upstreams: list[ChatUpstream]) -> Service:
     absent = '[[models.engines]]\nkind = "openai"\nbase_url = "http://127.0.0.1:9/v1"\n'
     config += f'[[models]]\nname = "away"\nfallback = ["absent", "capped"]\nready_timeout = 0.1\n{absent}'
     config += f'[[models]]\nname = "absent"\n{absent}'
-    return start(IMPATIENT + config)
+    return start(PATIENT + config)
 
 
 @pytest.fixture

@@ -9,13 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from fakes.chat_upstream import ChatUpstream
-from fakes.configs import ENGINE, ENVIRONMENT, IMPATIENT, TINY, chat, upstream_model
+from fakes.configs import ENGINE, ENVIRONMENT, PATIENT, TINY, chat, upstream_model
 from fakes.observe import alive, descendants, ready
 from fakes.service import BIN, Service, eventually
 from fakes.wire import call, request
@@ -64,7 +63,7 @@ def test_a_port_below_1024():
         "try: bind('127.0.0.1', 80)\n"
         "except SetupError as error: print(error)\n"
     )
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert "1024" in said.stdout, said
 
 
@@ -210,7 +209,7 @@ def secrets_in(folder: Path, key: str) -> list[Path]:
 def test_the_example_call_works_when_pasted_and_the_key_is_nowhere(start):
     if shutil.which("curl") is None:
         pytest.skip("no curl here")
-    service = start(IMPATIENT + ENGINE)
+    service = start(PATIENT + ENGINE)
     assert service.output.count(service.key) == 2, "in its line, and in the example"
     example = service.output[service.output.index("curl ") :]
     pasted = subprocess.run(["bash", "-c", example], capture_output=True, text=True, timeout=60)
@@ -224,20 +223,20 @@ def test_the_example_call_works_when_pasted_and_the_key_is_nowhere(start):
             assert path.stat().st_mode & 0o077 == 0, path
     assert service.stop() == 0
 
-    again = start(IMPATIENT + ENGINE, data_dir=service.data_dir)
+    again = start(PATIENT + ENGINE, data_dir=service.data_dir)
     assert again.key is None
     assert service.key not in again.output
     assert call(again.port, request("GET", "/v1/models", b"", service.key)).status == 200
     assert again.stop() == 0
 
 
-def test_the_second_start_is_ready_soon(engine_service: Service, tmp_path: Path):
-    """The first one of this session has prepared the model: 3 s on an idle machine, which CI's isn't."""
-    began = time.monotonic()
+def test_the_second_start_prepares_nothing(engine_service: Service, tmp_path: Path):
+    """The first one of this session has prepared the model."""
+    before = MODEL.stat()
     service = Service(tmp_path / "data", "--model-path", TINY)
     eventually(lambda: ready(service) == 200)
-    assert time.monotonic() - began < 15
     assert service.stop() == 0
+    assert (MODEL.stat().st_ino, MODEL.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_start_server_is_serve_on_all_addresses(tmp_path: Path):
@@ -260,7 +259,7 @@ def test_nothing_is_left_of_an_interrupted_start(tmp_path: Path):
         eventually((data / stage).exists, what=stage)
         children = descendants(process.pid)
         process.send_signal(signal.SIGINT)
-        _, complaint = process.communicate(timeout=20)
+        _, complaint = process.communicate(timeout=60)
         assert process.returncode in (0, 130), (stage, complaint)
         assert complaint == "", stage
         eventually(lambda children=children: not any(map(alive, children)), what="no process left")
@@ -283,7 +282,7 @@ def test_an_upstream_may_come_later(start):
     own = ChatUpstream()
     own.health = 500
     try:
-        service = start(IMPATIENT + upstream_model("relay", own))
+        service = start(PATIENT + upstream_model("relay", own))
         assert ready(service) == 503
         own.health = 200
         eventually(lambda: ready(service) == 200, what="ready")

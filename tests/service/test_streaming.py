@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import statistics
 import threading
@@ -12,9 +11,9 @@ import time
 import pytest
 
 from fakes.chat_upstream import DONE, STREAM_HEAD, ChatUpstream, event, frame, holding, usage_event
-from fakes.configs import chat
+from fakes.configs import chat, counting
 from fakes.http_server import Peer, Request
-from fakes.observe import memory, waiting
+from fakes.observe import engine_busy, memory, waiting
 from fakes.service import Service, eventually
 from fakes.wire import Wire, call, request, sse, text_of
 
@@ -31,7 +30,7 @@ def ask(service: Service, body: object, path: str = PATH) -> Wire:
 
 
 def test_a_stream_and_an_answer_say_the_same(service: Service):
-    question = chat("tiny", "Name three colours.", max_tokens=24)
+    question = counting("tiny", max_tokens=24)
     whole = call(service.port, request("POST", PATH, question, service.key)).json()
     question |= {"stream": True, "stream_options": {"include_usage": True}}
     with ask(service, question) as wire:
@@ -80,16 +79,12 @@ def test_the_connection_is_good_for_the_next_request(service: Service):
 
 
 def test_tokens_come_as_they_are_made(service: Service):
-    # Token 2 would end the answer: which words are likeliest depends on what else the engine decodes.
-    endless = {"max_tokens": 40, "logit_bias": {"2": -100}}
-    with ask(service, chat("tiny", "Tell me a story.", stream=True, **endless)) as wire:
+    """Twenty times something comes, and the engine is still writing: there are over a thousand to come."""
+    with ask(service, counting("tiny", stream=True, max_tokens=1500)) as wire:
         wire.head()
-        times = []
-        while wire.chunk():
-            times.append(time.monotonic())
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    assert len(times) > 20
-    assert max(gaps) < 0.8 * (times[-1] - times[0]), "not all at once"
+        for _ in range(20):
+            assert wire.chunk()
+        assert engine_busy(service) == 1
 
 
 def test_one_write_for_one_read(relay: Service, upstream: ChatUpstream):
@@ -101,7 +96,7 @@ def test_one_write_for_one_read(relay: Service, upstream: ChatUpstream):
         await peer.send(STREAM_HEAD)
         for group in groups:
             await peer.send(frame(group))
-            await asyncio.to_thread(read.acquire, timeout=5)
+            await asyncio.to_thread(read.acquire, timeout=60)
         await peer.send(frame(usage_event() + DONE) + b"0\r\n\r\n")
 
     upstream.play(play)
@@ -117,15 +112,15 @@ def test_one_write_for_one_read(relay: Service, upstream: ChatUpstream):
 # While there is nothing to say
 
 
-def test_the_queued_are_kept_alive(relay: Service, upstream: ChatUpstream):
+def test_the_queued_are_kept_alive(impatient: Service, upstream: ChatUpstream):
     released = asyncio.Event()
     upstream.play(holding(released))
     streamed, whole = (chat("capped", stream=stream) for stream in (True, False))
-    wires = [ask(relay, streamed) for _ in range(2)]
+    wires = [ask(impatient, streamed) for _ in range(2)]
     for _ in wires:
         upstream.request()
-    wires += [ask(relay, streamed), ask(relay, whole)]
-    eventually(lambda: waiting(relay, "capped") == 2, what="two in the queue")
+    wires += [ask(impatient, streamed), ask(impatient, whole)]
+    eventually(lambda: waiting(impatient, "capped") == 2, what="two in the queue")
     for wire in wires[:3]:
         assert wire.head()[0] == 200
         for _ in range(3):
@@ -139,20 +134,25 @@ def test_the_queued_are_kept_alive(relay: Service, upstream: ChatUpstream):
     assert json.loads(b"".join(iter(wires[3].chunk, b"")))["choices"]
 
 
-def test_no_keep_alive_inside_an_event(relay: Service, upstream: ChatUpstream):
-    """The upstream stops in the middle of an event for longer than the interval."""
+def test_no_keep_alive_inside_an_event(impatient: Service, upstream: ChatUpstream):
+    """The upstream stops in the middle of an event until the client has seen a keep-alive."""
+    seen = asyncio.Event()
 
     async def play(peer: Peer, _: Request) -> None:
         whole = event("x" * 100)
         await peer.send(STREAM_HEAD + frame(event("a") + whole[:50]))
-        await asyncio.sleep(0.7)
+        await seen.wait()
         await peer.send(frame(whole[50:] + DONE) + b"0\r\n\r\n")
 
     upstream.play(play)
-    with ask(relay, chat("relay", stream=True)) as wire:
-        body = wire.answer().body
+    with ask(impatient, chat("relay", stream=True)) as wire:
+        wire.head()
+        body = b""
+        while b": keep-alive" not in body:
+            body += wire.chunk()
+        upstream.run(seen.set)
+        body += b"".join(iter(wire.chunk, b""))
     assert text_of(body) == "a" + "x" * 100
-    assert b": keep-alive" in body
 
 
 # Slow and fast readers
@@ -188,7 +188,7 @@ def test_a_slow_reader_costs_little(relay: Service, upstream: ChatUpstream):
     for _ in range(4):
         wires.append(ask(relay, chat("relay", stream=True)))
         wires[-1].head()
-    eventually(lambda: settled(flood), timeout=20, what="the flood held back")
+    eventually(lambda: settled(flood), timeout=60, what="the flood held back")
     assert memory(worker) - before < len(wires) * 10 * MEGABYTE
     for wire in wires:
         wire.reset()
@@ -235,7 +235,7 @@ def test_a_flat_out_stream_does_not_delay_the_others(relay: Service, upstream: C
         finally:
             done.set()
             drinker.join()
-    assert statistics.median(times) < 0.05
+    assert statistics.median(times) < 1, "a flood without end would take for ever"
 
 
 @pytest.mark.parametrize("streams", [20])

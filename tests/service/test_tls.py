@@ -19,7 +19,7 @@ import pytest
 
 from deepseek_api_compat.security.certificates import development_certificate, fingerprint
 from fakes.chat_upstream import DONE, STREAM_HEAD, ChatUpstream, event, frame
-from fakes.configs import ENVIRONMENT, IMPATIENT, chat, upstream_model
+from fakes.configs import ENVIRONMENT, PATIENT, chat, upstream_model
 from fakes.http_server import Peer, Request
 from fakes.observe import log_of
 from fakes.service import BIN, Service, eventually
@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(start, chat_upstream: ChatUpstream, place: Path) -> Iterator[Service]:
     flags = ["--tls-cert", str(place / "cert.pem"), "--tls-key", str(place / "key.pem")]
-    service = start(IMPATIENT + upstream_model("relay", chat_upstream), "--workers", "2", *flags)
+    service = start(PATIENT + upstream_model("relay", chat_upstream), "--workers", "2", *flags)
     yield service
     assert service.stop() == 0
     assert "Traceback" not in log_of(service), log_of(service)
@@ -61,7 +61,7 @@ def service(start, chat_upstream: ChatUpstream, place: Path) -> Iterator[Service
 
 def handshake(service: Service, *options: str) -> subprocess.CompletedProcess[str]:
     argv = ["openssl", "s_client", "-connect", f"127.0.0.1:{service.port}", *options]
-    return subprocess.run(argv, input="", capture_output=True, text=True, timeout=30)
+    return subprocess.run(argv, input="", capture_output=True, text=True, timeout=60)
 
 
 def is_refused(done: subprocess.CompletedProcess[str]) -> bool:
@@ -118,7 +118,7 @@ def test_the_name_and_protocol_that_a_client_asks_for_change_nothing(service: Se
     ],
 )
 def test_plain_text_and_nonsense_get_no_http(service: Service, data: bytes):
-    with socket.create_connection(("127.0.0.1", service.port), 10) as connection:
+    with socket.create_connection(("127.0.0.1", service.port), 60) as connection:
         connection.sendall(data)
         connection.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
@@ -274,7 +274,7 @@ def test_a_development_certificate_and_its_own_key_files_exclude_each_other(tmp_
 
 def test_a_development_certificate(start, upstream: ChatUpstream):
     """Clients that are told to trust it can call the service by any of its names, and keep trusting it."""
-    service = start(IMPATIENT + upstream_model("relay", upstream), "--tls-dev")
+    service = start(PATIENT + upstream_model("relay", upstream), "--tls-dev")
     cert = service.data_dir / "tls" / "certificate.pem"
     assert f"SHA-256 {fingerprint(cert.read_bytes())}" in service.output
     assert f"curl --cacert {cert} https://127.0.0.1:{service.port}/v1/" in service.output
@@ -285,14 +285,14 @@ def test_a_development_certificate(start, upstream: ChatUpstream):
     assert (service.data_dir / "run" / "tls.pem").stat().st_mode & 0o777 == 0o600
     made = cert.read_bytes()
     assert service.stop() == 0
-    again = start(IMPATIENT + upstream_model("relay", upstream), "--tls-dev", data_dir=service.data_dir)
+    again = start(PATIENT + upstream_model("relay", upstream), "--tls-dev", data_dir=service.data_dir)
     assert cert.read_bytes() == made
     assert again.stop() == 0
 
 
 def test_closing_the_terminal_ends_the_service(upstream: ChatUpstream, tmp_path: Path):
     """SIGHUP renews; but a service in a terminal that goes away leaves with it, as it does without TLS."""
-    (tmp_path / "config.toml").write_text(IMPATIENT + upstream_model("relay", upstream))
+    (tmp_path / "config.toml").write_text(PATIENT + upstream_model("relay", upstream))
     output, log = tmp_path / "output", tmp_path / "data" / "logs" / "gateway.log"
     ours, terminal = pty.openpty()
     argv = [BIN / "deepseek-api", "serve", "--port", "0", "--tls-dev", "--config", tmp_path / "config.toml"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fakes.chat_upstream import DONE, STREAM_HEAD, ChatUpstream, event, frame
-from fakes.configs import ENGINE, IMPATIENT, chat, upstream_model
+from fakes.configs import ENGINE, PATIENT, chat, upstream_model
 from fakes.http_server import Peer, Request
 from fakes.observe import alive, descendants, engine_busy, idle, log_of, metrics, ready, waiting
 from fakes.service import BIN, Service, eventually
@@ -82,8 +82,8 @@ def test_a_killed_worker_comes_back_and_the_other_goes_on(engine_service: Servic
     os.kill(killed, signal.SIGKILL)
 
     # Its slot goes to those who wait, as far as they are at the other worker.
-    eventually(lambda: waiting(service, "tiny") == 0, timeout=2, what="an empty queue")
-    eventually(lambda: metrics_used(service) == 1, timeout=3, what="one slot in use")
+    eventually(lambda: waiting(service, "tiny") == 0, what="an empty queue")
+    eventually(lambda: metrics_used(service) == 1, what="one slot in use")
     assert kept.chunk()
     with pytest.raises(ConnectionError):
         list(iter(lost.chunk, b""))
@@ -107,10 +107,10 @@ def test_a_killed_workers_slots_are_free_within_a_second(engine_service: Service
     eventually(lambda: engine_busy(service) == 2, what="the engine at work")
     for pid in service.workers():
         os.kill(pid, signal.SIGKILL)
-    eventually(lambda: engine_busy(service) == 0, timeout=1, what="free slots at the engine")
+    eventually(lambda: engine_busy(service) == 0, timeout=5, what="free slots at the engine")
     eventually(lambda: len(service.workers()) == 2, what="new workers")
     eventually(lambda: ready_or_none(service) == 200, what="ready")
-    assert metrics_used(service) == 0
+    eventually(lambda: metrics_used(service) == 0, what="no lease")
     assert post(service, chat("tiny", max_tokens=2)).status == 200
     assert "Traceback" not in log_of(service)
 
@@ -137,24 +137,27 @@ def test_a_restarted_worker_knows_the_keys(engine_service: Service):
 
 
 @pytest.fixture
-def own(start, upstream: ChatUpstream) -> Iterator[Service]:
-    """A service of the test's own, which it may end: a relay with two workers."""
-    config = IMPATIENT.replace("[limits]", "drain_timeout = 2\n[limits]")
+def own(request: pytest.FixtureRequest, start, upstream: ChatUpstream) -> Iterator[Service]:
+    """A service of the test's own, which it may end: a relay with two workers, which waits at its end."""
+    config = PATIENT.replace("[limits]", f"drain_timeout = {request.param}\n[limits]")
     service = start(config + upstream_model("relay", upstream), "--workers", "2")
     children = descendants(service.process.pid)
     assert len(children) >= 2
     yield service
     if service.process.poll() is None:
         service.kill()
-    eventually(lambda: not any(map(alive, children)), timeout=2, what="no process left")
+    eventually(lambda: not any(map(alive, children)), what="no process left")
 
 
-def slow_stream(seconds: float):
-    """Events for so long, then an orderly end."""
+PATIENTLY, HASTILY = (pytest.mark.parametrize("own", [seconds], indirect=True) for seconds in (60, 0.5))
+
+
+def stream_until(ended: asyncio.Event):
+    """Events until then, and an orderly end."""
 
     async def play(peer: Peer, _: Request) -> None:
         await peer.send(STREAM_HEAD)
-        for _ in range(int(seconds / 0.05)):
+        while not ended.is_set():
             await peer.send(frame(event("a")))
             await asyncio.sleep(0.05)
         await peer.send(frame(DONE) + b"0\r\n\r\n")
@@ -162,17 +165,21 @@ def slow_stream(seconds: float):
     return play
 
 
+@PATIENTLY
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_drains(own: Service, upstream: ChatUpstream, number: signal.Signals):
-    upstream.play(slow_stream(1.0))
+    ended = asyncio.Event()
+    upstream.play(stream_until(ended))
     streaming, idle_one = ask(own, chat("relay", stream=True)), Wire(own.port)
     idle_one.send(request("GET", "/health")).answer()
     streaming.head()
     streaming.chunk()
     own.process.send_signal(number)
-    eventually(lambda: refused(own.port), timeout=1, what="new connections refused")
+    eventually(lambda: refused(own.port), what="new connections refused")
     assert idle_one.ended()
-    rest = b"".join(iter(streaming.chunk, b""))
+    rest = streaming.chunk()
+    upstream.run(ended.set)
+    rest += b"".join(iter(streaming.chunk, b""))
     assert set(text_of(rest)) == {"a"}
     assert own.stop() == 0
 
@@ -185,19 +192,19 @@ def refused(port: int) -> bool:
     return False
 
 
+@HASTILY
 def test_a_stream_longer_than_the_drain_is_told(own: Service, upstream: ChatUpstream):
-    upstream.play(slow_stream(60))
+    upstream.play(stream_until(asyncio.Event()))
     with ask(own, chat("relay", stream=True)) as wire:
         wire.head()
         wire.chunk()
-        began = time.monotonic()
         own.process.send_signal(signal.SIGTERM)
         *_, last = sse(b"".join(iter(wire.chunk, b"")))
     assert json.loads(last)["error"]["code"] == "engine_unavailable"
     assert own.stop() == 0
-    assert time.monotonic() - began < 10
 
 
+@HASTILY
 def test_an_answer_longer_than_the_drain_is_an_error(own: Service, upstream: ChatUpstream):
     async def never(peer: Peer, _: Request) -> None:
         await upstream.leave(peer)
@@ -211,35 +218,37 @@ def test_an_answer_longer_than_the_drain_is_an_error(own: Service, upstream: Cha
     assert own.stop() == 0
 
 
+@PATIENTLY
 def test_a_second_ctrl_c_ends_the_waiting(own: Service, upstream: ChatUpstream):
-    upstream.play(slow_stream(60))
+    upstream.play(stream_until(asyncio.Event()))
     with ask(own, chat("relay", stream=True)) as wire:
         wire.head()
         began = time.monotonic()
         own.process.send_signal(signal.SIGINT)
-        eventually(lambda: refused(own.port), timeout=1, what="new connections refused")
+        eventually(lambda: refused(own.port), what="new connections refused")
         assert own.stop(signal.SIGINT) == 0
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 50, "it would wait for 60"
 
 
 # The supervisor dies, and two of them
 
 
 def test_nothing_outlives_a_killed_supervisor(start):
-    service = start(IMPATIENT + ENGINE, "--workers", "2")
+    service = start(PATIENT + ENGINE, "--workers", "2")
     wire = ask(service, chat("tiny", "Count.", stream=True, **LONG))
     wire.head()
+    # Two workers, their template processes, an engine.
+    eventually(lambda: len(descendants(service.process.pid)) == 5, what="all processes")
     children = descendants(service.process.pid)
-    assert len(children) == 5, "two workers, their template processes, an engine"
     service.process.kill()
-    eventually(lambda: not any(map(alive, children)), timeout=2, what="no process left")
+    eventually(lambda: not any(map(alive, children)), what="no process left")
     service.kill()
     with pytest.raises(ConnectionError):
         list(iter(wire.chunk, b""))
 
 
 def test_it_starts_again_where_it_was_killed(start, upstream: ChatUpstream):
-    config = IMPATIENT + upstream_model("relay", upstream)
+    config = PATIENT + upstream_model("relay", upstream)
     first = start(config)
     key = first.key
     first.kill()
@@ -251,7 +260,7 @@ def test_it_starts_again_where_it_was_killed(start, upstream: ChatUpstream):
 
 def test_one_service_for_a_data_directory(relay: Service):
     argv = [BIN / "deepseek-api", "serve", "--port", "0", "--data-dir", relay.data_dir]
-    second = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    second = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert second.returncode == 1
     assert second.stdout == ""
     [line] = second.stderr.splitlines()
