@@ -77,7 +77,7 @@ class TestLlamaCpp(Contract):
         info = with_files(await stranger.info(), model_path)
         await stranger.close()
         engine = LlamaCpp(engine_endpoint, known=info)
-        prompt = await engine.tokenize("😀😃😀😃😀😃 one two three four five six", special=False)
+        prompt = await engine.tokenize("".join(f"{number} " for number in range(201, 240)), special=False)
         yield Subject(engine, info, prompt, "<|im_start|>")
         await engine.close()
 

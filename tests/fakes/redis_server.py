@@ -38,7 +38,7 @@ class RedisServer:
             str(self._folder),
         ]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not self._socket.exists():
             assert self._process.poll() is None, "redis-server did not start"
             assert time.monotonic() < deadline

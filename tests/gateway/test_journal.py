@@ -267,7 +267,7 @@ async def test_the_second_hand_ends_minutes_and_writes_to_the_disk(
     journal.refused("alice", "over")
     now = 660.0
     task = asyncio.create_task(journal.run())
-    await asyncio.wait_for(written.wait(), 5)
+    await asyncio.wait_for(written.wait(), 30)
     assert len(logged(journal)) == 1
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

@@ -603,7 +603,7 @@ def test_many_processes_share_one_rate():
     memory = SharedMemory.create(LocalLimiter.cells_for(0, 4))
     fork = multiprocessing.get_context("fork")
     admitted = fork.Queue()
-    processes = [fork.Process(target=_hammer, args=(memory.fd, 1.5, n, admitted)) for n in range(4)]
+    processes = [fork.Process(target=_hammer, args=(memory.fd, 1.9, n, admitted)) for n in range(4)]
     began = time.monotonic()
     for process in processes:
         process.start()

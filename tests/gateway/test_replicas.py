@@ -54,7 +54,7 @@ async def problem(path: Path, format: str, data_dir: Path, lifeline: Lifeline) -
     failed = asyncio.Event()
     (replica,) = replicas_of(settings, lifeline, lambda one: one.state == "failed" and failed.set())
     await replica.start()
-    await asyncio.wait_for(failed.wait(), 20)
+    await asyncio.wait_for(failed.wait(), 60)
     told = replica.describe().detail
     await replica.stop()
     return told

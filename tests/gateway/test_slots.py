@@ -148,7 +148,7 @@ async def test_waiting_workers_are_woken_through_their_pipes(memory, table):
     leaver.cancel()
     first.release()
     first.release()  # giving back twice is giving back once
-    await asyncio.wait_for(asyncio.gather(*tasks), 5)
+    await asyncio.wait_for(asyncio.gather(*tasks), 30)
     assert order == [1, 2, 0]
     assert table.usage(0) == (0, 1, 0)
     for read, write in pipes:
@@ -305,8 +305,8 @@ async def test_who_is_displaced_is_told(memory, table):
     assert caught.value.code == "queue_full"
     first.release()
     # The key that has had no slot yet comes first.
-    (await asyncio.wait_for(quiet, 5)).release()
-    (await asyncio.wait_for(waiting[0], 5)).release()
+    (await asyncio.wait_for(quiet, 30)).release()
+    (await asyncio.wait_for(waiting[0], 30)).release()
     assert table.usage(0) == (0, 1, 0)
     asyncio.get_running_loop().remove_reader(read)
     os.close(read)
