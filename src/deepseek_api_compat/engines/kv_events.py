@@ -104,10 +104,13 @@ class Decoder:
 
     def batch(self, payload: bytes) -> list[KVEvent]:
         """Its events in order. Raises ValueError for what is none of an engine's batches."""
-        batch = self._decode(payload)  # its DecodeError is a ValueError
-        if len(batch) < 2 or not isinstance(batch[1], list):
-            raise ValueError("a batch without events")
-        events = [self._event(*_named(raw)) for raw in batch[1]]
+        try:
+            batch = self._decode(payload)
+            if len(batch) < 2 or not isinstance(batch[1], list):
+                raise ValueError("a batch without events")
+            events = [self._event(*_named(raw)) for raw in batch[1]]
+        except msgspec.MsgspecError as error:  # before msgspec 0.20 it was no ValueError
+            raise ValueError(str(error)) from None
         return [event for event in events if event is not None]
 
     def _event(self, name: str, fields: Mapping[str, Any]) -> KVEvent | None:
