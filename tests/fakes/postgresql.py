@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -39,5 +40,5 @@ def server(directory: Path, bin: Path) -> Iterator[str]:
             time.sleep(0.05)
         yield f"postgresql+psycopg://tester@/{{name}}?host={directory}"
     finally:
-        process.terminate()
-        process.wait(20)
+        process.send_signal(signal.SIGINT)  # SIGTERM would wait for those who are still connected
+        process.wait(60)
