@@ -13,9 +13,9 @@ import pytest
 
 from deepseek_api_compat.gateway.routes import LIMITS_PROBLEM
 from fakes import redis_server as servers
-from fakes.chat_upstream import STREAM_HEAD, ChatUpstream, answering_all, event, frame
+from fakes.chat_upstream import STREAM_HEAD, ChatUpstream, answering_all, event, frame, replying
 from fakes.configs import PATIENT, chat, upstream_model
-from fakes.http_server import Peer, Request
+from fakes.http_server import Peer, Request, ok
 from fakes.observe import log_of, metrics
 from fakes.service import Service, eventually
 from fakes.wire import Answer, Wire, call, request
@@ -128,8 +128,12 @@ def code_of(answer: Answer) -> str | None:
     return None if answer.status == 200 else str(answer.error["code"] or answer.error["type"])
 
 
-def until_refused(service: Service, key: str, code: str) -> None:
-    """The row of the lost request is written within a second or so, and counts from then."""
+def until_refused(service: Service, upstream: ChatUpstream, key: str, code: str) -> None:
+    """The row of the lost request is written within a second or so, and counts from then.
+
+    What is asked meanwhile fails, and costs nothing: so it is not this that uses up the limit.
+    """
+    upstream.play(replying(ok(b"{}", status="500 Oops")))
     eventually(lambda: code_of(post(service, key)) == code, what=code)
 
 
@@ -139,9 +143,9 @@ def test_what_a_killed_worker_s_requests_used_counts(start, upstream):
     poor = service.new_key("poor", "--budget", "40", "--rps", "0")
     assert [post(service, key).status for key in (daily, poor)] == [200, 200]
     lose(service, upstream, daily, 50)
-    until_refused(service, daily, "tokens_per_day_exceeded")
+    until_refused(service, upstream, daily, "tokens_per_day_exceeded")
     lose(service, upstream, poor, 50)
-    until_refused(service, poor, "insufficient_quota")
+    until_refused(service, upstream, poor, "insufficient_quota")
 
 
 def test_a_model_s_budget_counts_lost_requests_and_outlives_the_service(start, upstream):
@@ -149,7 +153,7 @@ def test_a_model_s_budget_counts_lost_requests_and_outlives_the_service(start, u
     first = start(config, "--workers", "1")
     assert post(first, str(first.key)).status == 200
     lose(first, upstream, str(first.key), 58)
-    until_refused(first, str(first.key), "insufficient_quota")
+    until_refused(first, upstream, str(first.key), "insufficient_quota")
     first.kill()
     second = start(config, data_dir=first.data_dir)
     assert code_of(post(second, str(first.key))) == "insufficient_quota"
@@ -166,7 +170,7 @@ def test_a_killed_worker_s_use_reaches_the_redis_of_all(start, upstream):
         keys = [service.new_key("alice", "--rps", "0") for service in services]
         assert post(services[1], keys[1]).status == 200
         lose(services[0], upstream, keys[0], 58)
-        until_refused(services[1], keys[1], "insufficient_quota")
+        until_refused(services[1], upstream, keys[1], "insufficient_quota")
         server.kill()
 
 
