@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from deepseek_api_compat.errors import Conflict, InvalidRequest
 from deepseek_api_compat.gateway import idempotency
 from deepseek_api_compat.gateway.idempotency import Answers, Found, Place, Repeats
+from deepseek_api_compat.security.keys import Principal
 
 PLACE = Place("key", "once", "digest")
+OWNER = Principal(id="id", name="name", role="user", index=0)
 
 
 class Clock:
@@ -88,7 +91,7 @@ def test_the_oldest_go_where_there_are_too_many(answers: Answers, monkeypatch: p
 @pytest.mark.parametrize("key", [b"x" * 256, b"\xff", b"a\tb"])
 async def test_what_is_no_key(key: bytes) -> None:
     with pytest.raises(InvalidRequest, match="1 to 255 printable"):
-        await repeats(Found("new")).begin("key", key, "/p", b"{}")
+        await repeats(Found("new")).begin(OWNER, key, "/p", b"{}")
 
 
 def repeats(found: Found) -> Repeats:
@@ -99,16 +102,35 @@ def repeats(found: Found) -> Repeats:
 
 
 async def test_what_a_worker_makes_of_it() -> None:
-    place, answer = await repeats(Found("new")).begin("owner", b"key", "/p", b"{}")
-    assert (place.owner, place.key, answer) == ("owner", "key", None)
-    again, answer = await repeats(Found("kept", "[]")).begin("owner", b"key", "/p", b"{}")
+    place, answer = await repeats(Found("new")).begin(OWNER, b"key", "/p", b"{}")
+    assert (place.key, answer) == ("key", None)
+    again, answer = await repeats(Found("kept", "[]")).begin(OWNER, b"key", "/p", b"{}")
     assert (again, answer) == (place, b"[]")
     for path, body in (("/q", b"{}"), ("/p", b"{ }")):
-        other, _ = await repeats(Found("new")).begin("owner", b"key", path, body)
+        other, _ = await repeats(Found("new")).begin(OWNER, b"key", path, body)
         assert other.digest != place.digest
     with pytest.raises(Conflict) as caught:
-        await repeats(Found("busy")).begin("owner", b"key", "/p", b"{}")
+        await repeats(Found("busy")).begin(OWNER, b"key", "/p", b"{}")
     assert (caught.value.status, caught.value.retry_after) == (409, 1.0)
     with pytest.raises(InvalidRequest) as refused:
-        await repeats(Found("other")).begin("owner", b"key", "/p", b"{}")
+        await repeats(Found("other")).begin(OWNER, b"key", "/p", b"{}")
     assert refused.value.code == "idempotency_key_reused"
+
+
+async def test_who_may_do_less_by_now_has_no_answer_of_before() -> None:
+    place, _ = await repeats(Found("new")).begin(OWNER, b"key", "/p", b"{}")
+    for less in ({"models": frozenset({"m"})}, {"models": frozenset()}, {"max_tokens": 5}, {"id": "other"}):
+        narrowed = msgspec.structs.replace(OWNER, **less)
+        other, _ = await repeats(Found("new")).begin(narrowed, b"key", "/p", b"{}")
+        assert other.owner != place.owner
+
+
+def test_what_is_no_text_is_not_kept() -> None:
+    kept: list[str | None] = []
+
+    async def begin(place: Place) -> Found:
+        return Found("new")
+
+    for answer in (b"{}", b"\xff", b"x" * (idempotency.LARGEST + 1), None):
+        Repeats(begin, lambda place, text: kept.append(text)).end(PLACE, answer)
+    assert kept == ["{}", None, None, None]

@@ -62,6 +62,13 @@ def test_another_request_under_the_same_key(service: Service) -> None:
     assert "Idempotency-Key" in too_long.error["message"]
 
 
+def test_a_key_that_may_no_longer_use_the_model(service: Service) -> None:
+    key, body = service.new_key("narrowed"), chat("tiny", max_tokens=2)
+    assert send(service, body, "narrowed", key).status == 200
+    service.command("keys", "update", "narrowed", "--models", "relay")
+    assert send(service, body, "narrowed", key).status == 403
+
+
 def test_while_it_is_being_answered(service: Service, upstream: ChatUpstream) -> None:
     released = asyncio.Event()
     upstream.play(holding(released))

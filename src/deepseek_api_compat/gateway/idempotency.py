@@ -12,12 +12,14 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Literal
 
 import msgspec
 
 from deepseek_api_compat.errors import Conflict, InvalidRequest
 from deepseek_api_compat.gateway.response import JSON, SSE, Headers, Responder
+from deepseek_api_compat.security.keys import Principal
 
 HEADER = b"idempotency-key"
 REPLAYED = b"idempotent-replayed: true\r\n"
@@ -28,7 +30,7 @@ LARGEST = 1024 * 1024  # bytes of one
 
 
 class Place(msgspec.Struct, frozen=True):
-    """One request: `owner` is an API key's id, `digest` says what was asked under which path."""
+    """One request: `owner` says whose it is, `digest` what was asked under which path."""
 
     owner: str
     key: str
@@ -149,7 +151,9 @@ class Repeats:
         self._begin = begin
         self._end = end
 
-    async def begin(self, owner: str, key: bytes, path: str, body: bytes) -> tuple[Place, bytes | None]:
+    async def begin(
+        self, principal: Principal, key: bytes, path: str, body: bytes
+    ) -> tuple[Place, bytes | None]:
         """Where its answer goes, and the answer if there is one already. Raises InvalidRequest, Conflict."""
         try:
             name = key.decode("ascii")
@@ -157,7 +161,7 @@ class Repeats:
             name = ""
         if not 0 < len(name) <= LONGEST_KEY or not name.isprintable():
             raise InvalidRequest(f"Idempotency-Key must have 1 to {LONGEST_KEY} printable ASCII characters.")
-        place = Place(owner, name, hashlib.sha256(path.encode() + b"\n" + body).hexdigest())
+        place = Place(_owner(principal), name, hashlib.sha256(path.encode() + b"\n" + body).hexdigest())
         found = await self._begin(place)
         if found.what == "other":
             raise InvalidRequest(
@@ -169,7 +173,17 @@ class Repeats:
 
     def end(self, place: Place, answer: bytes | None) -> None:
         """What has come of it; None: nothing to keep."""
-        self._end(place, None if answer is None or len(answer) > LARGEST else answer.decode())
+        text = None
+        if answer is not None and len(answer) <= LARGEST:
+            with suppress(UnicodeDecodeError):  # an upstream's own words
+                text = answer.decode()
+        self._end(place, text)
+
+
+def _owner(principal: Principal) -> str:
+    """A key, with what it may have: no answer goes to whom it would be refused now."""
+    models = None if principal.models is None else sorted(principal.models)
+    return f"{principal.id} {models} {principal.max_tokens}"
 
 
 async def send_again(out: Responder, headers: Headers, answer: bytes) -> None:

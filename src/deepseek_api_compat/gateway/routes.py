@@ -173,7 +173,7 @@ class Api:
             await handler(call, body)
             return
         path = call.tally.endpoint
-        place, answer = await self._repeats.begin(principal_of(call).id, key, path, body)
+        place, answer = await self._repeats.begin(principal_of(call), key, path, body)
         if answer is not None:
             call.tally.status = 200
             await send_again(call.out, call.headers, answer)
