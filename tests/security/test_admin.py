@@ -1,3 +1,4 @@
+import hashlib
 import shutil
 import sqlite3
 import stat
@@ -390,3 +391,78 @@ def test_a_backup_overwrites_nothing(admin: KeyAdmin, tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="is not empty"):
         backup_keys(tmp_path / "data", tmp_path / "backup")
     assert [path.name for path in (tmp_path / "backup").iterdir()] == ["precious"]
+
+
+FOREIGN = "sk-1234567890abcdefghijklmn"
+
+
+def sha256(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def bring(admin: KeyAdmin, key: str = FOREIGN, **fields: Any) -> dict[str, Any]:
+    [made] = admin.handle("keys.import", {"keys": [{"sha256": sha256(key), "name": "theirs", **fields}]})[
+        "created"
+    ]
+    return dict(made)
+
+
+def test_an_imported_key_is_let_in_as_it_always_was_with_its_limits(admin: KeyAdmin) -> None:
+    made = bring(admin, models=["a"], limits={"rpm": 3}, budget="1.5", networks=["10.0.0.0/8"])
+    principal = principal_of(admin, FOREIGN)
+    assert (principal.id, principal.models, principal.limits.rpm) == (made["id"], {"a"}, 3)
+    assert (principal.budget, principal.networks is None) == (1_500_000, False)
+    for wrong in (FOREIGN + "x", FOREIGN[:-1], sha256(FOREIGN), "sk-" + "1" * 48):
+        with pytest.raises(AuthenticationFailed) as caught:
+            principal_of(admin, wrong)
+        assert caught.value.message == keys.MALFORMED
+
+
+def test_a_key_of_new_api_is_known_without_its_prefix_too(admin: KeyAdmin) -> None:
+    bare = "aB3" * 16
+    made = bring(admin, "sk-" + bare)
+    assert principal_of(admin, bare).id == principal_of(admin, f"sk-{bare}").id == made["id"]
+
+
+def test_what_is_imported_twice_is_there_once(admin: KeyAdmin) -> None:
+    made = bring(admin, limits={"rpm": 3})
+    again = admin.handle("keys.import", {"keys": [{"sha256": sha256(FOREIGN).upper(), "name": "other"}]})
+    assert again == {"created": [], "present": [sha256(FOREIGN).upper()]}
+    assert [key["id"] for key in admin.handle("keys.list", {})] == [made["id"]]
+    admin.handle("keys.rotate", {"key": "theirs"})
+    again = admin.handle("keys.import", {"keys": [{"sha256": sha256(FOREIGN), "name": "other"}]})
+    assert again["created"] == []  # else rotation would be undone
+
+
+def test_an_imported_key_is_disabled_rotated_and_has_tokens_as_any(admin: KeyAdmin) -> None:
+    bring(admin)
+    token = admin.handle("keys.token", {"key": "theirs"})["token"]
+    assert principal_of(admin, token).name == "theirs"
+    admin.handle("keys.set_enabled", {"key": "theirs", "enabled": False})
+    with pytest.raises(AuthenticationFailed, match="disabled"):
+        principal_of(admin, FOREIGN)
+    admin.handle("keys.set_enabled", {"key": "theirs", "enabled": True})
+    rotated = admin.handle("keys.rotate", {"key": "theirs", "overlap": 60})
+    assert principal_of(admin, rotated["api_key"]).id == principal_of(admin, FOREIGN).id
+    with pytest.raises(AuthenticationFailed, match="rotated"):
+        principal_of(admin, FOREIGN, time.time() + 61)
+    admin.handle("keys.delete", {"key": "theirs"})
+    with pytest.raises(AuthenticationFailed):
+        principal_of(admin, FOREIGN)
+
+
+def test_an_expired_key_is_imported_and_said_to_have_expired(admin: KeyAdmin) -> None:
+    bring(admin, expires=1_700_000_000)
+    with pytest.raises(AuthenticationFailed, match="expired"):
+        principal_of(admin, FOREIGN)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"name": "a"}, {"sha256": "12", "name": "a"}, {"sha256": "0" * 64}, {"sha256": "0" * 64, "name": ""}],
+)
+def test_one_wrong_key_among_many_and_none_is_imported(empty: KeyAdmin, wrong: dict[str, Any]) -> None:
+    good = {"sha256": "1" * 64, "name": "good"}
+    with pytest.raises(SetupError):
+        empty.handle("keys.import", {"keys": [good, wrong]})
+    assert empty.handle("keys.list", {}) == []

@@ -18,6 +18,7 @@ from deepseek_api_compat.errors import SetupError
 COMMANDS = {
     "serve": "start the service",
     "keys": "make, list and delete API keys",
+    "import": "move in from LiteLLM or new-api",
     "ledger": "sum up, export and check requests",
     "models": "list, fetch and remove models",
     "plan": "see what a model needs, and how to launch it",
@@ -27,6 +28,9 @@ COMMANDS = {
     "parse": "turn DeepSeek output into messages (JSON lines)",
     "version": "print the version",
 }
+
+# Those whose name can't be a module's.
+_MODULES = {"import": "moving"}
 
 _EPILOG = """examples:
   deepseek-api serve                              serve the embedded model on http://127.0.0.1:8000
@@ -56,7 +60,8 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     asked = next((word for word in words if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
         if name == asked and name != "version":
-            import_module(f"deepseek_api_compat.cli.{name}").add_parser(subparsers)
+            module = _MODULES.get(name, name)
+            import_module(f"deepseek_api_compat.cli.{module}").add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary).set_defaults(run=_version)
     return parser

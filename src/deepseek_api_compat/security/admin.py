@@ -14,7 +14,7 @@ import msgspec
 from deepseek_api_compat.errors import AuthenticationFailed, NoSuchThing, SetupError, WrongValue
 from deepseek_api_compat.security import tokens
 from deepseek_api_compat.security.key_fields import convert, read_fields, shown
-from deepseek_api_compat.security.keys import KeyTable, key_hash, new_key, secret_key
+from deepseek_api_compat.security.keys import KeyTable, foreign_hash, key_hash, new_key, secret_key
 from deepseek_api_compat.security.master import load_master_key, master_id, master_key_place, write_master_key
 from deepseek_api_compat.store.audit import Actor, AuditEntry, this_user
 from deepseek_api_compat.store.base import KeyLimits, KeyRecord, KeyStore
@@ -22,6 +22,7 @@ from deepseek_api_compat.store.datadir import make_data_dir
 from deepseek_api_compat.store.sql import DATABASE, open_store
 
 MAX_OVERLAP = 90 * 86_400  # seconds
+_SHA256 = re.compile("[0-9a-fA-F]{64}")
 
 # Operations after which every table of keys is as good as before.
 READ_ONLY = frozenset({"keys.list", "keys.get", "keys.token", "keys.audit"})
@@ -34,6 +35,10 @@ class _Rotation(msgspec.Struct, kw_only=True):
 class _Page(msgspec.Struct, kw_only=True):
     limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
     before: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+
+class _Imported(msgspec.Struct, kw_only=True):
+    keys: list[dict[str, Any]]
 
 
 class _Token(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -49,6 +54,8 @@ class KeyAdmin:
     It is a WrongValue for parameters, NoSuchThing for a key that is not there, any other for the database.
 
     keys.create {name, FIELDS}           KEY and {api_key, secret_key}, shown this once
+    keys.import {keys: [{sha256, FIELDS}]}    {created: [KEY], present: [sha256]}: keys that other programs
+                                         made, all or none; those that are here already stay as they are
     keys.list {}                         [KEY], oldest first
     keys.get {key}                       KEY
     keys.update {key, FIELDS}            KEY; what is not named stays as it is
@@ -70,6 +77,7 @@ class KeyAdmin:
         self.master = master
         self._operations: dict[str, Callable[..., Any]] = {
             "keys.create": self._create,
+            "keys.import": self._import,
             "keys.list": self._list,
             "keys.get": self._get,
             "keys.update": self._update,
@@ -97,13 +105,31 @@ class KeyAdmin:
     def _create(self, by: Actor, /, name: str, **fields: Any) -> dict[str, Any]:
         now = time.time()
         given = read_fields("keys.create", {"role": "user", "name": name, **fields}, now)
-        limits = {limit: given.pop(limit) for limit in KeyLimits.__struct_fields__ if limit in given}
         id, key = new_key()
-        hash = key_hash(self.master, key.encode())
-        record = KeyRecord(id=id, hash=hash, created=int(now), limits=KeyLimits(**limits), **given)
+        record = _new_record(id, key_hash(self.master, key.encode()), now, given)
         nothing = dict.fromkeys(shown(record, now))
         created = self.store.create(record, lambda made: _entry(by, "keys.create", made, nothing))
         return self._shown_once(created, key)
+
+    def _import(self, by: Actor, /, keys: list[dict[str, Any]]) -> dict[str, Any]:
+        now = time.time()
+        records: dict[str, KeyRecord] = {}
+        for key in convert("keys.import", {"keys": keys}, _Imported).keys:
+            fields = {name: value for name, value in key.items() if name != "sha256"}
+            sha256 = key.get("sha256")
+            if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+                raise WrongValue("A key to import needs its sha256: 64 hex digits.", "sha256")
+            if "name" not in fields:
+                raise WrongValue("A key to import needs a name.", "name")
+            # One that has expired is taken over too: its owner reads that it has.
+            given = read_fields("keys.import", {"role": "user", **fields}, -1.0)
+            hash = foreign_hash(self.master, sha256.lower())
+            records.setdefault(sha256, _new_record(new_key()[0], hash, now, given))
+        nothing = dict.fromkeys(shown(next(iter(records.values())), now)) if records else {}
+        added = self.store.add([*records.values()], lambda made: _entry(by, "keys.import", made, nothing))
+        new = {record.id for record in added}
+        present = [sha256 for sha256, record in records.items() if record.id not in new]
+        return {"created": [shown(record, now) for record in added], "present": present}
 
     def _list(self, by: Actor, /) -> list[dict[str, Any]]:
         now = time.time()
@@ -188,6 +214,12 @@ class KeyAdmin:
     def _shown_once(self, record: KeyRecord, key: str) -> dict[str, Any]:
         secret = secret_key(self.master, record.id, record.version)
         return {**shown(record, time.time()), "api_key": key, "secret_key": secret}
+
+
+def _new_record(id: str, hash: bytes, now: float, given: dict[str, Any]) -> KeyRecord:
+    """A key with these fields, as `read_fields` gives them."""
+    limits = {limit: given.pop(limit) for limit in KeyLimits.__struct_fields__ if limit in given}
+    return KeyRecord(id=id, hash=hash, created=int(now), limits=KeyLimits(**limits), **given)
 
 
 def _entry(by: Actor, op: str, record: KeyRecord, before: dict[str, Any]) -> AuditEntry:

@@ -2,12 +2,17 @@
 
 A key is `DSK-<id>-<random>`: 12 characters of lower-case base32, and 43 letters and digits (256 bits).
 Stored is only HMAC-SHA256(master, "key:" + key). The secret key, stored nowhere, is the hex form of
-HMAC-SHA256(master, "secret:" + id + ":" + version). The prefixes keep the two uses of the master key apart.
+HMAC-SHA256(master, "secret:" + id + ":" + version). The prefixes keep the uses of the master key apart.
+
+A key that another program made (`sk-...`, see `moving`) has an id too, but does not show it. Stored of it is
+HMAC-SHA256(master, "foreign:" + its SHA-256 in hex), since of some only that is known; by this it is found.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
+import re
 import secrets
 import string
 import time
@@ -32,6 +37,7 @@ _ID = slice(len(PREFIX), len(PREFIX) + _ID_LENGTH)
 _DASH = slice(_ID.stop, _ID.stop + 1)
 _KEY_LENGTH = _DASH.stop + _RANDOM_LENGTH
 _MAX_CACHED = 4096  # verified tokens
+_BARE = re.compile(rb"[A-Za-z0-9]{48}")  # what new-api shows as sk-..., and takes without these three too
 
 MISSING = "No API key: send the header 'Authorization: Bearer <API key>'."
 NOT_BEARER = "The Authorization header must be 'Bearer <API key>'."
@@ -76,6 +82,11 @@ def key_hash(master: bytes, key: bytes) -> bytes:
     return hmac.digest(master, b"key:" + key, "sha256")
 
 
+def foreign_hash(master: bytes, sha256: str) -> bytes:
+    """What is stored of a key that another program made, of which this is the SHA-256 in lower-case hex."""
+    return hmac.digest(master, b"foreign:" + sha256.encode(), "sha256")
+
+
 def secret_key(master: bytes, id: str, version: int) -> str:
     """The secret that signs this key's temporary tokens; a new `version` revokes the old ones."""
     return hmac.digest(master, f"secret:{id}:{version}".encode(), "sha256").hex()
@@ -101,14 +112,14 @@ class _Verified(NamedTuple):
 class KeyTable:
     """All keys, in memory. Never changes: when a key does, another table takes its place.
 
-    What it takes for good: a key, the key before its rotation while that overlaps, and tokens that such a
-    key's secret signed. Tokens that were verified are remembered until they expire or the table is replaced,
-    4096 of them at most.
+    What it takes for good: a key, also one that another program made and that was imported; the key before
+    its rotation while that overlaps; tokens that such a key's secret signed. Tokens that were verified are
+    remembered until they expire or the table is replaced, 4096 of them at most.
 
     Failure policy: authentication fails closed, and by AuthenticationFailed only.
     """
 
-    __slots__ = ("_entries", "_keyed", "_master", "_never", "_nobody", "_verified", "version")
+    __slots__ = ("_by_hash", "_entries", "_keyed", "_master", "_never", "_nobody", "_verified", "version")
 
     def __init__(self, records: Iterable[KeyRecord], master: bytes, version: int = 0) -> None:
         self.version = version
@@ -116,6 +127,9 @@ class KeyTable:
         # HMAC with its prefix already taken in; a copy of it costs less than a fresh one.
         self._keyed = hmac.new(master, b"key:", "sha256")
         self._entries = {record.id.encode(): _entry(record) for record in records}
+        # For foreign keys. Our own are here too, but nothing that is sent has their hash as a foreign one.
+        self._by_hash = {entry.hash: entry for entry in self._entries.values()}
+        self._by_hash |= {old: entry for entry in self._entries.values() if (old := entry.record.old_hash)}
         self._never = secrets.token_bytes(32)
         # Stands in for an unknown id, so that a wrong id takes the path, and the time, of a wrong secret.
         self._nobody = _entry(KeyRecord(id="", name="", role="user", hash=self._never, created=0))
@@ -160,6 +174,8 @@ class KeyTable:
         verified = self._verified.get(token)
         if verified is not None and verified.since <= now < verified.until:
             return verified.principal
+        if not token.startswith(b"eyJ") and (foreign := self._find_foreign(token)):  # so begins a JWT's "{"
+            return _usable_foreign(*foreign, now)
         if token.count(b".") != 2:
             raise AuthenticationFailed(MALFORMED if token else MISSING)
         verified = self._verify(token, now)
@@ -167,6 +183,18 @@ class KeyTable:
             del self._verified[next(iter(self._verified))]  # the oldest
         self._verified[token] = verified
         return verified.principal
+
+    def _find_foreign(self, key: bytes) -> tuple[_Entry, bytes] | None:
+        """The entry of a key that another program made, and the hash by which it was found.
+
+        To look hashes up takes a time that tells nothing of them: who sends keys can't choose their hashes.
+        """
+        spellings = (key, b"sk-" + key) if _BARE.fullmatch(key) else (key,)
+        for spelling in spellings:
+            found = foreign_hash(self._master, hashlib.sha256(spelling).hexdigest())
+            if entry := self._by_hash.get(found):
+                return entry, found
+        return None
 
     def _verify(self, token: bytes, now: float) -> _Verified:
         """A token checked from the beginning."""
@@ -225,6 +253,13 @@ def _narrowed_networks(of_key: AllowList | None, of_token: tuple[str, ...] | Non
 def _too_wide(kind: str, name: str) -> AuthenticationFailed:
     message = f"The token asks for the {kind} {name!r}, which its key may not use."
     return AuthenticationFailed(message, code="scope_too_wide")
+
+
+def _usable_foreign(entry: _Entry, hash: bytes, now: float) -> Principal:
+    if hash != entry.hash and now >= (entry.record.old_until or 0):
+        raise AuthenticationFailed(ROTATED, code="key_expired")
+    _check_usable(entry.record, now)
+    return entry.principal
 
 
 def _check_usable(record: KeyRecord, now: float) -> None:

@@ -82,6 +82,13 @@ class KeyStore(Protocol):
         """Store a new key and return it with the lowest free slot, whatever slot it came with."""
         ...
 
+    def add(self, records: Sequence[KeyRecord], note: Note | None = None) -> Sequence[KeyRecord]:
+        """Store all of these whose hash no key has, or had before its rotation; either all or none.
+
+        Those that were stored, with their slots.
+        """
+        ...
+
     def list(self) -> Sequence[KeyRecord]:
         """All keys, oldest first."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,27 @@ class SqlStore:
             if note is not None:
                 _add_entry(connection, note(created))
             return created
+
+    def add(self, records: Sequence[KeyRecord], note: Note | None = None) -> Sequence[KeyRecord]:
+        added = []
+        with self._transaction() as connection:
+            # Changes nothing, but from here on nobody else writes to SQLite.
+            connection.execute(keys.delete().where(sa.false()))
+            rows = connection.execute(sa.select(keys.c.hash, keys.c.old_hash, keys.c.slot)).all()
+            known = {hash for row in rows for hash in (row.hash, row.old_hash)}
+            taken = {row.slot for row in rows}
+            free = (slot for slot in count() if slot not in taken)
+            for record in records:
+                if record.hash in known:
+                    continue
+                known.add(record.hash)
+                added.append(msgspec.structs.replace(record, slot=next(free)))
+            if added:
+                made = [_columns(msgspec.structs.asdict(record)) for record in added]
+                connection.execute(keys.insert(), made)
+            if added and note is not None:
+                connection.execute(audit.insert(), [_entry_columns(note(record)) for record in added])
+        return added
 
     def list(self) -> Sequence[KeyRecord]:
         with self._transaction() as connection:
@@ -196,7 +218,11 @@ def _record(row: sa.Row[tuple[object, ...]]) -> KeyRecord:
 
 
 def _add_entry(connection: sa.Connection, entry: AuditEntry) -> None:
-    values = {
+    connection.execute(audit.insert().values(_entry_columns(entry)))
+
+
+def _entry_columns(entry: AuditEntry) -> dict[str, Any]:
+    return {
         "at": entry.at,
         "actor_kind": entry.actor.kind,
         "actor_id": entry.actor.id,
@@ -206,7 +232,6 @@ def _add_entry(connection: sa.Connection, entry: AuditEntry) -> None:
         "key_name": entry.key_name,
         "changes": msgspec.json.encode(entry.changes).decode(),
     }
-    connection.execute(audit.insert().values(values))
 
 
 def _audit_entry(row: sa.Row[tuple[object, ...]]) -> AuditEntry:

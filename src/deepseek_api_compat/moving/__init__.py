@@ -1,0 +1,1 @@
+"""Moving in from other gateways: what their files say, as our configuration and keys."""
