@@ -189,6 +189,20 @@ class PriceSettings(Section, frozen=True):
     completion: Decimal = Decimal(0)
 
 
+class PluginSettings(Section, frozen=True):
+    """`[[plugins]]`: a plugin, in the order of the tables. `timeout` in seconds; 0: the plugin's own.
+
+    use: the name of an installed one, or module:Class, looked for in `path` too. models: only for these.
+    """
+
+    use: str
+    path: str | None = None
+    options: dict[str, Any] = {}
+    on_error: Literal["refuse", "skip"] | None = None
+    timeout: float = 0.0
+    models: list[str] = []
+
+
 class Settings(Section, frozen=True):
     """All settings. `models` is empty until a model is configured; then the default one is used."""
 
@@ -199,6 +213,7 @@ class Settings(Section, frozen=True):
     models: list[ModelSettings] = []
     ledger: LedgerSettings = LedgerSettings()
     prices: list[PriceSettings] = []
+    plugins: list[PluginSettings] = []
 
     @property
     def data_dir(self) -> Path:

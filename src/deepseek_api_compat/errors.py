@@ -21,6 +21,8 @@
        +- HeadersTooLarge    431
        +- RateLimited        429   has `retry_after`
        +- InternalError      500   our bug
+       +- PluginFailed       500   a plugin of the operator's failed, and must not be left out
+       +- PluginRefused      any   a plugin of the operator's refused the request
        +- EngineFailed       502   the engine broke, or answered nonsense
        +- EngineUnavailable  503   no engine can answer now; has `retry_after`
        +- EngineTimeout      504   the engine did not start within the queue limit
@@ -199,6 +201,27 @@ class InternalError(ApiError):
     status = 500
     type = "server_error"
     code = "internal_error"
+
+
+class PluginFailed(ApiError):
+    status = 500
+    type = "server_error"
+    code = "plugin_failed"
+
+
+class PluginRefused(ApiError):
+    """`status` and `code` are the plugin's choice: 400 to 599, and any."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "plugin_refused"
+
+    def __init__(self, message: str, *, status: int, code: str, param: str | None) -> None:
+        super().__init__(message, code=code, param=param)
+        if 400 <= status <= 599:
+            self.status = status
+        if self.status >= 500:
+            self.type = "server_error"
 
 
 class EngineFailed(ApiError):

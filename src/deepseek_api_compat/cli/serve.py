@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     config.check_files(settings)
     check_formats(settings)
     check_network(settings)
+    check_plugins(settings)
     settings = with_plan(settings, args)
     allow_many_connections()
     # The port first: a model may take minutes to fetch, and a taken port should be said at once.
@@ -162,6 +163,14 @@ def check_formats(settings: Settings) -> None:
     for model in settings.models:
         if problem := unmet_package(model.format):
             raise ConfigError(f"Configuration: models.{model.name}: {problem}")
+
+
+def check_plugins(settings: Settings) -> None:
+    """Raises ConfigError for a plugin that can't be built."""
+    if settings.plugins:
+        from deepseek_api_compat.gateway import plugins
+
+        plugins.check(settings.plugins)
 
 
 def check_network(settings: Settings) -> None:

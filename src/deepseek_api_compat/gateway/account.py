@@ -219,7 +219,7 @@ def _note(entry: Entry, tally: Tally) -> None:
 def may_use(principal: Principal, pool: ModelPool) -> bool:
     """Whether the key, or its token, may use a model under any of its names."""
     allowed = principal.models
-    return allowed is None or not allowed.isdisjoint((pool.name, *pool.settings.aliases))
+    return allowed is None or not allowed.isdisjoint(pool.names)
 
 
 def check_model(principal: Principal, pool: ModelPool) -> None:

@@ -20,11 +20,12 @@ from deepseek_api_compat.gateway.idempotency import Repeats
 from deepseek_api_compat.gateway.journal import Journal
 from deepseek_api_compat.gateway.journal_files import JOURNALS
 from deepseek_api_compat.gateway.local_limits import LocalLimiter
+from deepseek_api_compat.gateway.plugins import Plugins
 from deepseek_api_compat.gateway.pool import Doubt, ModelPool
 from deepseek_api_compat.gateway.prices import Prices
 from deepseek_api_compat.gateway.redis_limits import RedisLimiter
 from deepseek_api_compat.gateway.response import Pulse
-from deepseek_api_compat.gateway.routes import Api, ModelDirectory
+from deepseek_api_compat.gateway.routes import Api, ModelDirectory, decode_limits
 from deepseek_api_compat.gateway.shared import SharedMemory
 from deepseek_api_compat.gateway.slots import Leases, SlotTable
 from deepseek_api_compat.gateway.templates import Templates
@@ -117,7 +118,8 @@ class Application:
         usage, admin = UsageApi(ask, currency), AdminApi(ask, currency)
         self.journal = Journal(settings.data_dir / JOURNALS, worker, settings.ledger)
         self.books = Books(self.limiter, self.journal, Prices(settings.prices))
-        api = Api(directory, chat, self.books, usage, admin, repeats, self.pulse, settings)
+        self._plugins = Plugins(settings.plugins, settings.data_dir, decode_limits(settings))
+        api = Api(directory, chat, self.books, usage, admin, repeats, self.pulse, self._plugins, settings)
         self.gate = Gate(api.routes(), keys, self.limiter, self.journal, settings)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -130,6 +132,7 @@ class Application:
 
     async def close(self) -> None:
         """End what was started besides; no request is served any more."""
+        await self._plugins.close()
         await self._templates.close()
         for pool in self._pools:
             await pool.close()

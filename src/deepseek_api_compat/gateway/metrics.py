@@ -77,6 +77,24 @@ SETTLEMENTS_LOST = Counter(
     "Requests whose use the Redis that counts limits will never hear of.",
     registry=_registry,
 )
+PLUGIN_FAILURES = Counter(
+    "deepseek_plugin_failures",
+    "Calls of plugins' hooks that raised, took too long or returned what they may not.",
+    ["plugin", "hook"],
+    registry=_registry,
+)
+PLUGIN_SECONDS = Counter(
+    "deepseek_plugin_seconds",
+    "Time that requests waited for plugins; those called in the event loop are not timed.",
+    ["plugin", "hook"],
+    registry=_registry,
+)
+PLUGIN_REPLIES = Counter(
+    "deepseek_plugin_replies",
+    "Requests that a plugin answered, for which no engine was asked.",
+    ["plugin"],
+    registry=_registry,
+)
 WORKER_TASKS = Gauge(
     "deepseek_worker_tasks",
     "asyncio tasks of a worker: one for each request at work and a few of its own.",

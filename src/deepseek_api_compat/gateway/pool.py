@@ -59,6 +59,7 @@ class ModelPool:
         self.index = index
         self.settings = settings
         self.name = settings.name
+        self.names = (settings.name, *settings.aliases)
         self.kind = "chat" if settings.engines[0].kind in CHAT_KINDS else "token"
         # No cap on a chat upstream unless one is configured, so no slot is leased for it either.
         self.leased = self.kind == "token" or any(engine.concurrency for engine in settings.engines)

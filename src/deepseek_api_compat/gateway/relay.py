@@ -27,7 +27,7 @@ from deepseek_api_compat.gateway.account import Account
 from deepseek_api_compat.gateway.chat_prefix import SentText
 from deepseek_api_compat.gateway.metrics import Tally
 from deepseek_api_compat.gateway.pool import ModelPool
-from deepseek_api_compat.gateway.response import EventStream
+from deepseek_api_compat.gateway.response import Sink
 from deepseek_api_compat.protocol.openai import StreamOptions, reencode
 
 BYTES_PER_TOKEN = 4  # of a request's body, about
@@ -70,7 +70,7 @@ async def relay(
     pool: ModelPool,
     path: str,
     body: bytes,
-    out: EventStream,
+    out: Sink,
     account: Account,
     *,
     stream: bool = False,
@@ -147,7 +147,7 @@ async def relay(
                 lease.release()
 
 
-async def _relay_body(response: Response, out: EventStream, account: Account) -> None:
+async def _relay_body(response: Response, out: Sink, account: Account) -> None:
     data = await response.read()
     try:
         _count(_answer.decode(data).usage, account.tally)
@@ -158,7 +158,7 @@ async def _relay_body(response: Response, out: EventStream, account: Account) ->
 
 
 async def _relay_events(
-    response: Response, out: EventStream, account: Account, sent: SentText | None, *, hide_usage: bool
+    response: Response, out: Sink, account: Account, sent: SentText | None, *, hide_usage: bool
 ) -> None:
     """Forward whole SSE events, and note them as `sent`, behind those that are.
 

@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
@@ -179,6 +179,15 @@ class Pulse:
             now = time.monotonic()
             for stream in list(self.streams):
                 stream.tick(now)
+
+
+class Sink(Protocol):
+    """Where an answer goes, part by part or whole."""
+
+    written: bool
+
+    async def write(self, data: bytes) -> None: ...
+    async def finish(self, data: bytes) -> None: ...
 
 
 class EventStream:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from functools import partial
 from operator import methodcaller
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -28,10 +28,13 @@ from deepseek_api_compat.gateway.breaker import fallback_chain
 from deepseek_api_compat.gateway.chat import ChatService, Events, infill_ids, token_ids
 from deepseek_api_compat.gateway.gate import Call, Route, header
 from deepseek_api_compat.gateway.idempotency import HEADER, Recorder, Repeats, send_again
+from deepseek_api_compat.gateway.plugin_relay import Watched
+from deepseek_api_compat.gateway.plugins import Plugins, Run, reply_events
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.relay import relay
-from deepseek_api_compat.gateway.response import NOSNIFF, EventStream, Pulse, send_error, send_json
+from deepseek_api_compat.gateway.response import NOSNIFF, EventStream, Pulse, Sink, send_error, send_json
 from deepseek_api_compat.gateway.usage import UsageApi
+from deepseek_api_compat.plugins import Reply
 from deepseek_api_compat.protocol import completion
 from deepseek_api_compat.protocol import openai as wire
 from deepseek_api_compat.protocol.events import Event, Finish
@@ -53,7 +56,7 @@ class ModelDirectory:
     def __init__(self, pools: list[ModelPool], created: int) -> None:
         self.pools = pools
         self.created = created
-        self._by_name = {name: pool for pool in pools for name in (pool.name, *pool.settings.aliases)}
+        self._by_name = {name: pool for pool in pools for name in pool.names}
         self._fallbacks = {pool.name: pool.settings.fallback for pool in pools}
 
     def pools_of(self, principal: Principal) -> list[ModelPool]:
@@ -121,6 +124,17 @@ class ModelDirectory:
         return described
 
 
+class Chat(NamedTuple):
+    """A chat request on its way. `thinks`: what the model's name said of it."""
+
+    body: bytes
+    request: wire.ChatRequest
+    thinks: bool | None
+    pool: ModelPool
+    account: Account
+    out: EventStream
+
+
 class Api:
     """The handlers, built once around what they need."""
 
@@ -133,8 +147,10 @@ class Api:
         admin: AdminApi,
         repeats: Repeats,
         pulse: Pulse,
+        plugins: Plugins,
         settings: Settings,
     ) -> None:
+        self._plugins = plugins
         self._directory = directory
         self._chat = chat
         self._books = books
@@ -142,9 +158,7 @@ class Api:
         self._admin = admin
         self._repeats = repeats
         self._pulse = pulse
-        self._limits = wire.DecodeLimits(
-            max_n=settings.limits.max_n, max_messages=settings.limits.max_messages
-        )
+        self._limits = decode_limits(settings)
         self._openapi = openapi.document()
 
     def routes(self) -> list[Route]:
@@ -190,37 +204,53 @@ class Api:
         pool, thinks = self._directory.choose(request.model, principal)
         pool = self._directory.answering(pool, principal)
         account = self._open_account(call, pool)
-        if thinks is not None:
-            request = msgspec.structs.replace(request, thinking=thinks)
-        functions = wire.declared_functions(body) if request.tools else None
         out = self._open(call, sse=request.stream)
+        chat = Chat(body, request, thinks, pool, account, out)
+        run = self._plugins.of(call.id, principal.id, pool.names, stream=request.stream)
+        if run is None:
+            await self._answer(call, out, self._work(chat))
+            return
+        try:
+            await self._answer(call, out, self._plugged(chat, run))
+        finally:
+            self._plugins.ended(run, call.tally, left=call.connection_lost)
+
+    async def _plugged(self, chat: Chat, run: Run) -> None:
+        """Do a chat request as its plugins leave it."""
+        made = await run.request(chat.body)
+        if isinstance(made, Reply):
+            await chat.account.reserve(chat.pool, 0, 0, 0)  # a request without tokens
+            await send_events(run.events(reply_events(made)), chat)
+            return
+        await self._work(chat._replace(body=made, request=wire.decode_chat(made, self._limits)), run)
+
+    def _work(self, chat: Chat, run: Run | None = None) -> Coroutine[Any, Any, None]:
+        """What answers a chat request, seen by the plugins of `run`."""
+        pool, request = chat.pool, chat.request
+        watched = run if run is not None and run.watching else None
         if pool.kind == "chat":
-            work = relay(
+            out: Sink = chat.out
+            if watched is not None:
+                out = Watched(
+                    out, watched, stream_of(chat) if request.stream else collector_of(chat), chat.account
+                )
+            return relay(
                 pool,
                 "/chat/completions",
-                body,
+                chat.body,
                 out,
-                account,
+                chat.account,
                 stream=request.stream,
                 options=request.stream_options,
-                limit=account.limit(request.limit),
+                limit=chat.account.limit(request.limit),
                 choices=request.choices,
-                replace=upstream_fields(account, request, thinks),
+                replace=upstream_fields(chat.account, request, chat.thinks),
             )
-        elif request.stream:
-            encoder = completion.ChatStream(
-                *identity_of(call.id, "chatcmpl", pool),
-                include_usage=request.include_usage,
-                n=request.choices,
-                profile=pool.settings.profile,
-            )
-            events = self._chat.chat(pool, request, functions, account)
-            work = stream_events(events, out, encoder, account)
-        else:
-            collector = completion.ChatCollector(*identity_of(call.id, "chatcmpl", pool), n=request.choices)
-            events = self._chat.chat(pool, request, functions, account)
-            work = collect_events(events, out, collector, account)
-        await self._answer(call, out, work)
+        if chat.thinks is not None:
+            request = msgspec.structs.replace(request, thinking=chat.thinks)
+        functions = wire.declared_functions(chat.body) if request.tools else None
+        events = self._chat.chat(pool, request, functions, chat.account)
+        return send_events(events if watched is None else watched.events(events), chat)
 
     async def completions(self, call: Call, body: bytes) -> None:
         request = wire.decode_completion(body, self._limits)
@@ -424,6 +454,10 @@ class Api:
         await send_json(call.out, 200, value, call.headers)
 
 
+def decode_limits(settings: Settings) -> wire.DecodeLimits:
+    return wire.DecodeLimits(max_n=settings.limits.max_n, max_messages=settings.limits.max_messages)
+
+
 def principal_of(call: Call) -> Principal:
     """Whose call it is, on a route that needs a key."""
     assert call.principal is not None, "the gate has let it in"
@@ -446,6 +480,27 @@ def upstream_fields(
         given = [name for name in LIMITS if getattr(request, name, None) is not None]
         fields |= dict.fromkeys(given or ["max_tokens"], account.limit(request.limit))
     return fields
+
+
+def send_events(events: Events, chat: Chat) -> Coroutine[Any, Any, None]:
+    """Send events in the form that the request asks for."""
+    if chat.request.stream:
+        return stream_events(events, chat.out, stream_of(chat), chat.account)
+    return collect_events(events, chat.out, collector_of(chat), chat.account)
+
+
+def stream_of(chat: Chat) -> completion.ChatStream:
+    return completion.ChatStream(
+        *identity_of(chat.account.id, "chatcmpl", chat.pool),
+        include_usage=chat.request.include_usage,
+        n=chat.request.choices,
+        profile=chat.pool.settings.profile,
+    )
+
+
+def collector_of(chat: Chat) -> completion.ChatCollector:
+    identity = identity_of(chat.account.id, "chatcmpl", chat.pool)
+    return completion.ChatCollector(*identity, n=chat.request.choices)
 
 
 class Encoder(Protocol):
