@@ -44,7 +44,8 @@ dist: $(STAMP)  ## sdist and wheel into dist/
 	$(BIN)/python -m build --outdir dist .
 
 clean:  ## remove everything that make made here
-	rm -rf $(VENV) .venv310 .venv-openai028-* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/bin
+	rm -rf $(VENV) .venv310 .venv-openai028-* .venv-migration dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/bin
+	rm -rf tests/migration/node/node_modules
 
 smoke-wheel: dist  ## the wheel in clean environments: client, [server], [embedded], each used
 	$(BIN)/python tools/smoke_wheel.py dist
@@ -76,6 +77,24 @@ bench: $(STAMP)  ## compare the gateway with nginx and the engine asked directly
 
 bench-smoke: $(STAMP)
 	$(BIN)/python -m bench.gateway --quick
+
+.PHONY: migration migration-python migration-node
+migration: migration-python migration-node  ## other clients, unchanged, against the service
+
+migration-python: $(STAMP)  ## openai 0.28, 1, 2, 3, LangChain, LlamaIndex, llm; each in .venv-migration/
+	$(BIN)/python tools/migration_envs.py
+	$(BIN)/python -m pytest tests/migration/test_python.py
+
+NODE_CLIENTS := tests/migration/node/node_modules/.installed
+$(NODE_CLIENTS): tests/migration/node/package.json
+	cd $(dir $<) && npm install --no-package-lock --no-audit --no-fund --ignore-scripts --loglevel=error
+	@touch $@
+
+migration-node: $(STAMP)  ## openai-node, Vercel's AI SDK and curl; Node 18 or later
+	@if node -e 'process.exit(+(parseInt(process.versions.node) < 18))' 2>/dev/null && command -v npm >/dev/null; \
+	then $(MAKE) --no-print-directory $(NODE_CLIENTS); \
+	else echo "No Node 18 or later here: its clients are not tested."; fi
+	$(BIN)/python -m pytest tests/migration/test_node.py tests/migration/test_curl.py tests/migration/test_documents.py
 
 .PHONY: vllm-venv test-vllm
 VLLM_BASE ?= python3.11

@@ -37,13 +37,14 @@ SECTIONS: dict[str, type[config.Section]] = {
     "models.engines": config.EngineSettings,
     "ledger": config.LedgerSettings,
     "prices": config.PriceSettings,
+    "plugins": config.PluginSettings,
 }
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 # Hosts that a reader may be told of: the projects' own sites, this machine, and reserved names.
 HOSTS = re.compile(
     r"localhost|127\.0\.0\.1|0\.0\.0\.0|(.+\.)?(example|example\.com|test)|192\.0\.2\.\d+|github\.com|pypi\.org"
-    r"|huggingface\.co|(www\.)?modelscope\.cn|api\.deepseek\.com|arxiv\.org|platform\.openai\.com"
+    r"|huggingface\.co|(www\.)?modelscope\.cn|api\.(deepseek|openai)\.com|arxiv\.org|platform\.openai\.com"
     r"|keepachangelog\.com|semver\.org|(www\.)?apache\.org"
 )
 
@@ -237,6 +238,11 @@ def test_both_readmes_have_the_same_commands() -> None:
         return [re.sub(r'#.*|"[^"]*"|<.*?>', "", code) for _, code in blocks]
 
     assert without_text(code("README.md")) == without_text(code("README.zh-CN.md"))
+
+
+def test_both_migration_pages_have_the_same_code() -> None:
+    english, chinese = (FENCE.findall(read(DOCS / name)) for name in ("migrate.md", "migrate.zh-CN.md"))
+    assert english == chinese
 
 
 def test_each_catalogue_entry_is_in_the_models_page() -> None:
