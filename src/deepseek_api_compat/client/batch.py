@@ -100,7 +100,7 @@ class Batch:
 
     def _notes(self, stack: ExitStack) -> Callable[[int, Any], None]:
         """What takes an answer or an error in: it is in the file when it counts."""
-        from tqdm import tqdm  # comes with openai
+        from tqdm import tqdm
 
         total, known = len(self._requests), len(self._answers)
         bar = stack.enter_context(
