@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +24,10 @@ LONGEST_SIDE = 2000  # pixels; larger pictures are scaled down to it
 # Pixels; pictures whose shorter side has fewer are scaled up to it, to find the lines in them. RapidOCR's own
 # 736 takes twice the time, finds no more, and tears words apart in flat pictures.
 SHORTEST_SIDE = 480
-OVERLAP = (
-    100  # pixels that parts of a long picture see of each other; a line belongs to the part with its middle
-)
+# Pixels that parts of a long picture see of each other; a line belongs to the part with its middle.
+OVERLAP = 100
+# C++'s words for it, ONNX Runtime's and OpenCV's.
+_NO_MEMORY = re.compile(r"bad_alloc|[Ff]ailed to allocate|[Ii]nsufficient memory")
 
 
 def load(arguments: list[str]) -> Callable[[bytes], str]:
@@ -62,13 +64,23 @@ def load(arguments: list[str]) -> Callable[[bytes], str]:
         pieces: list[Piece] = []
         for top, bottom in strips(*picture.size):
             start = max(0, top - OVERLAP)
-            found = engine(pixels[start : bottom + OVERLAP])
+            found = _recognised(engine, pixels[start : bottom + OVERLAP])
             if found.txts is not None:
                 read_here = (_piece(*one, start) for one in zip(found.txts, found.boxes, strict=True))
                 pieces += (piece for piece in read_here if top <= (piece.top + piece.bottom) / 2 < bottom)
         return lines(pieces)
 
     return read
+
+
+def _recognised(engine: Callable[[Any], Any], pixels: Any) -> Any:
+    """What the models find. Raises MemoryError where they had too little, in whatever words."""
+    try:
+        return engine(pixels)
+    except Exception as error:
+        if _NO_MEMORY.search(str(error)):
+            raise MemoryError from error
+        raise
 
 
 def strips(width: int, height: int) -> list[tuple[int, int]]:
