@@ -37,6 +37,7 @@ SECTIONS: dict[str, type[config.Section]] = {
     "models.engines": config.EngineSettings,
     "ledger": config.LedgerSettings,
     "prices": config.PriceSettings,
+    "media": config.MediaSettings,
     "plugins": config.PluginSettings,
 }
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping
 from decimal import Decimal
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,9 @@ else:
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 ENV_PREFIX = "DEEPSEEK_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
-STAND_IN_ALIASES = ["deepseek-v3", "deepseek-chat"]
+# Who asks for pictures to be read asks for V3, which reads text: the same model, see [media].
+MULTIMODAL = "deepseek-v3-multimodal"
+STAND_IN_ALIASES = ["deepseek-v3", "deepseek-chat", MULTIMODAL]
 # As browsers write it: lower case, no path, no "*", and not "null", which every sandboxed page is.
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 # Of ZeroMQ, as far as engines publish there.
@@ -101,7 +104,8 @@ class EngineSettings(Section, frozen=True):
               (command, args, env); or base_url of one that runs already.
     llamacpp: threads, gpu_layers, embedding.
     vllm, sglang: tensor_parallel; kv_events ("auto", "off", or with a base_url a ZeroMQ endpoint), kv_replay.
-    openai:   base_url, model (its name there), api_key_env, concurrency (0: no cap).
+    openai:   base_url, model (its name there), api_key_env, concurrency (0: no cap), vision and hearing
+              (it takes pictures, or sound, as they are).
     """
 
     kind: Literal["llamacpp", "vllm", "sglang", "openai"]
@@ -124,6 +128,8 @@ class EngineSettings(Section, frozen=True):
     read_timeout: float = 600.0
     stall_timeout: float = 120.0
     prefix_continuation: bool = False
+    vision: bool = False
+    hearing: bool = False
     weight: float = 1.0
     kv_events: str = "auto"
     kv_replay: str | None = None
@@ -166,6 +172,30 @@ class ModelSettings(Section, frozen=True):
     slow_start: float = 30.0
     limits: ModelLimitSettings = ModelLimitSettings()
     engines: list[EngineSettings] = []
+
+
+class MediaSettings(Section, frozen=True):
+    """`[media]`: how pictures and sound become text, for models that read only that.
+
+    Times in seconds, sizes in bytes.
+    """
+
+    ocr: bool = True
+    speech: bool = True
+    caption_url: str | None = None
+    caption_model: str | None = None
+    caption_api_key_env: str | None = None
+    transcription_url: str | None = None
+    transcription_model: str | None = None
+    transcription_api_key_env: str | None = None
+    timeout: float = 60.0
+    fetch: bool = True
+    fetch_timeout: float = 10.0
+    fetch_networks: list[str] = []
+    max_files: int = 16
+    max_bytes: int = 10 * 1024 * 1024
+    max_pixels: int = 40_000_000
+    cache_bytes: int = 16 * 1024 * 1024
 
 
 class LedgerSettings(Section, frozen=True):
@@ -213,6 +243,7 @@ class Settings(Section, frozen=True):
     models: list[ModelSettings] = []
     ledger: LedgerSettings = LedgerSettings()
     prices: list[PriceSettings] = []
+    media: MediaSettings = MediaSettings()
     plugins: list[PluginSettings] = []
 
     @property
@@ -280,7 +311,21 @@ def load(
     except msgspec.ValidationError as error:
         raise ConfigError(f"Configuration{f' {path}' if path else ''}: {error}.") from None
     _check(settings)
-    return settings
+    return _with_multimodal(settings)
+
+
+def _with_multimodal(settings: Settings) -> Settings:
+    """The model called deepseek-v3 has the alias for requests with pictures too, unless another has it."""
+    names = [{model.name, *model.aliases} for model in settings.models]
+    if any(MULTIMODAL in those for those in names):
+        return settings
+    models = [
+        msgspec.structs.replace(model, aliases=[*model.aliases, MULTIMODAL])
+        if "deepseek-v3" in those
+        else model
+        for model, those in zip(settings.models, names, strict=True)
+    ]
+    return msgspec.structs.replace(settings, models=models)
 
 
 def _read_file(path: str) -> dict[str, Any]:
@@ -299,6 +344,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "network": NetworkSettings,
     "limits": LimitSettings,
     "ledger": LedgerSettings,
+    "media": MediaSettings,
 }
 
 
@@ -354,7 +400,7 @@ def _check(settings: Settings) -> None:
     for origin in settings.network.cors_origins:
         problem = f"network.cors_origins: {origin!r} is no origin such as https://app.example.com"
         rules.append((_ORIGIN.fullmatch(origin) is not None, problem))
-    rules += _limit_rules("limits", limits) + _ledger_rules(settings)
+    rules += _limit_rules("limits", limits) + _ledger_rules(settings) + _media_rules(settings.media)
     for model in settings.models:
         where = f"models.{model.name}"
         rules += _limit_rules(f"{where}: limits", model.limits)
@@ -391,6 +437,10 @@ def _engine_rules(where: str, engine: EngineSettings) -> list[tuple[bool, str]]:
         return [(not engine.managed, f"{where}: {kind} needs base_url")]
     started = bool(engine.command or engine.args or engine.env)
     return [
+        (
+            not (engine.vision or engine.hearing),
+            f"{where}: {kind} gets token ids: vision and hearing are of kind openai",
+        ),
         (bool(engine.path) or not engine.managed, f"{where}: {kind} needs path, or base_url where it runs"),
         (
             engine.managed or not started,
@@ -454,6 +504,35 @@ def _ledger_rules(settings: Settings) -> list[tuple[bool, str]]:
             problem = f"prices.{price.model}: {name} must be between 0 and 1000000, with 6 decimals at most"
             rules.append((_is_amount(getattr(price, name), 10**6), problem))
     return rules
+
+
+def _media_rules(media: MediaSettings) -> list[tuple[bool, str]]:
+    rules = [
+        (1 <= media.max_files <= 1000, "media.max_files must be between 1 and 1000"),
+        (1024 <= media.max_bytes <= 2**30, "media.max_bytes must be between 1024 and 1073741824 (1 GiB)"),
+        (1 <= media.max_pixels <= 10**9, "media.max_pixels must be between 1 and 1000000000"),
+        (0 < media.timeout <= 3600, "media.timeout must be above 0 and at most 3600"),
+        (0 < media.fetch_timeout <= 3600, "media.fetch_timeout must be above 0 and at most 3600"),
+        (media.cache_bytes >= 0, "media.cache_bytes can't be negative (0: nothing is kept)"),
+    ]
+    for what in ("caption", "transcription"):
+        url, model, key = (getattr(media, f"{what}_{field}") for field in ("url", "model", "api_key_env"))
+        problem = f"media.{what}_url must begin with http:// or https://"
+        rules.append((url is None or url.startswith(("http://", "https://")), problem))
+        rules.append(((url is None) == (model is None), f"media.{what}_url and {what}_model go together"))
+        rules.append((key is None or url is not None, f"media.{what}_api_key_env needs {what}_url"))
+    for network in media.fetch_networks:
+        problem = f"media.fetch_networks: {network!r} is no network such as 10.1.0.0/16"
+        rules.append((_is_network(network), problem))
+    return rules
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ip_network(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_amount(amount: Decimal | None, most: int) -> bool:

@@ -12,6 +12,7 @@ from deepseek_api_compat.protocol import deepseek
 Answers = Callable[..., list[dict[str, Any]]]
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "prompts.jsonl"
+PICTURE = {"type": "image_url", "image_url": "data:,"}
 USER = {"role": "user", "content": "你好"}
 CALL = {"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}
 CALLED = [
@@ -33,7 +34,7 @@ def test_each_line_becomes_a_prompt_or_an_error(answers_of: Answers) -> None:
         {"format": "v3-0324", "request": {"messages": [USER]}},
         {"format": "v3.1", "request": {"messages": []}},
         {"format": "v9", "request": {"messages": [USER]}},
-        {"format": "v3", "request": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}},
+        {"format": "v3", "request": {"messages": [{"role": "user", "content": [PICTURE]}]}},
         '{"format": "v3", "request": ' + '{"a":' * 5000 + "1" + "}" * 5001,
     )
     prompt = "<｜begin▁of▁sentence｜><｜User｜>你好<｜Assistant｜>"

@@ -48,9 +48,12 @@ def test_normalised_messages_are_plain() -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
-def test_what_is_not_text_is_refused(kind: str) -> None:
-    image = {"type": kind, kind: {"url": "data:,"}}
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("image_url", {"url": "data:,"}), ("input_audio", {"data": "AA==", "format": "wav"}), ("file", {})],
+)
+def test_what_is_not_text_is_refused(kind: str, value: dict[str, str]) -> None:
+    image = {"type": kind, kind: value}
     with pytest.raises(InvalidRequest, match=f"{kind}.*reads text only") as caught:
         normal({"role": "user", "content": "Hi"}, {"role": "user", "content": ["What is this?", image]})
     assert caught.value.param == "messages[1].content"

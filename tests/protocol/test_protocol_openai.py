@@ -16,6 +16,7 @@ from deepseek_api_compat.protocol.openai import (
     ChatRequest,
     DecodeLimits,
     ImagePart,
+    ImageUrl,
     NamedToolChoice,
     TextPart,
     decode_chat,
@@ -27,6 +28,7 @@ from deepseek_api_compat.protocol.openai import (
 )
 
 LIMITS = DecodeLimits(max_n=4, max_messages=3, max_prompts=3)
+PICTURE = {"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}}
 USER = {"role": "user", "content": "Hi"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 FULL: dict[str, Any] = {
@@ -35,7 +37,7 @@ FULL: dict[str, Any] = {
         {"role": "developer", "content": "Be brief."},
         {
             "role": "user",
-            "content": [{"type": "text", "text": "Hi "}, "there", {"type": "image_url", "image_url": {}}],
+            "content": [{"type": "text", "text": "Hi "}, "there", PICTURE],
         },
         {
             "role": "assistant",
@@ -78,7 +80,11 @@ def refused(decode: Callable[[bytes, DecodeLimits], object], body: bytes) -> Inv
 
 def test_every_field_of_a_chat_request() -> None:
     request = decode_chat(json.dumps(FULL).encode(), LIMITS)
-    assert request.messages[1].content == [TextPart(text="Hi "), "there", ImagePart()]
+    assert request.messages[1].content == [
+        TextPart(text="Hi "),
+        "there",
+        ImagePart(image_url=ImageUrl(url="data:,", detail="low")),
+    ]
     assert request.messages[2].tool_calls is not None
     assert request.messages[2].tool_calls[0].function.name == "f"
     assert (request.temperature, request.top_p, request.choices) == (2.0, 0.5, 4)

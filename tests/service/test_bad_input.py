@@ -117,14 +117,6 @@ def test_wrong_values_name_their_field(relay: Service, field: str, value: object
     assert field in answer.error["message"]
 
 
-def test_an_image_for_a_model_that_reads_text(service: Service):
-    parts = [{"type": "text", "text": "What is this?"}]
-    parts.append({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}})
-    answer = post(service, {"model": "tiny", "messages": [{"role": "user", "content": parts}]})
-    assert answer.status == 400
-    assert "image" in answer.error["message"]
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_longer_than_the_context(service: Service, stream: bool):
     content = "one two three four " * CONTEXT

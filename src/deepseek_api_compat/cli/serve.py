@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     check_formats(settings)
     check_network(settings)
     check_plugins(settings)
+    check_media(settings)
     settings = with_plan(settings, args)
     allow_many_connections()
     # The port first: a model may take minutes to fetch, and a taken port should be said at once.
@@ -163,6 +164,15 @@ def check_formats(settings: Settings) -> None:
     for model in settings.models:
         if problem := unmet_package(model.format):
             raise ConfigError(f"Configuration: models.{model.name}: {problem}")
+
+
+def check_media(settings: Settings) -> None:
+    """Raises ConfigError for a key's variable that is not set."""
+    from deepseek_api_compat.config import secret_from_env
+
+    for variable in (settings.media.caption_api_key_env, settings.media.transcription_api_key_env):
+        if variable is not None:
+            secret_from_env(variable)
 
 
 def check_plugins(settings: Settings) -> None:

@@ -27,6 +27,7 @@ from deepseek_api_compat.gateway.redis_limits import RedisLimiter
 from deepseek_api_compat.gateway.response import Pulse
 from deepseek_api_compat.gateway.routes import Api, ModelDirectory, decode_limits
 from deepseek_api_compat.gateway.shared import SharedMemory
+from deepseek_api_compat.gateway.sight import Sight
 from deepseek_api_compat.gateway.slots import Leases, SlotTable
 from deepseek_api_compat.gateway.templates import Templates
 from deepseek_api_compat.gateway.usage import AskFor, UsageApi
@@ -119,7 +120,19 @@ class Application:
         self.journal = Journal(settings.data_dir / JOURNALS, worker, settings.ledger)
         self.books = Books(self.limiter, self.journal, Prices(settings.prices))
         self._plugins = Plugins(settings.plugins, settings.data_dir, decode_limits(settings))
-        api = Api(directory, chat, self.books, usage, admin, repeats, self.pulse, self._plugins, settings)
+        self._sight = Sight(settings)
+        api = Api(
+            directory,
+            chat,
+            self.books,
+            usage,
+            admin,
+            repeats,
+            self.pulse,
+            self._plugins,
+            self._sight,
+            settings,
+        )
         self.gate = Gate(api.routes(), keys, self.limiter, self.journal, settings)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -133,6 +146,7 @@ class Application:
     async def close(self) -> None:
         """End what was started besides; no request is served any more."""
         await self._plugins.close()
+        await self._sight.close()
         await self._templates.close()
         for pool in self._pools:
             await pool.close()

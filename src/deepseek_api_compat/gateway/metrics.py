@@ -89,6 +89,12 @@ PLUGIN_SECONDS = Counter(
     ["plugin", "hook"],
     registry=_registry,
 )
+MEDIA = Counter(
+    "deepseek_media",
+    "Pictures and recordings by kind and what became of them: read, cached, native, refused, failed.",
+    ["kind", "result"],
+    registry=_registry,
+)
 PLUGIN_REPLIES = Counter(
     "deepseek_plugin_replies",
     "Requests that a plugin answered, for which no engine was asked.",

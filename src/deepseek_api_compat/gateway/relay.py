@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -31,6 +31,7 @@ from deepseek_api_compat.gateway.response import Sink
 from deepseek_api_compat.protocol.openai import StreamOptions, reencode
 
 BYTES_PER_TOKEN = 4  # of a request's body, about
+MEDIA_TOKENS = 1000  # of a picture or a recording in it, about
 MAX_BODY = 256 * 1024 * 1024
 # A quote right before and after: inside a JSON string it would be escaped, so text never matches.
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
@@ -78,11 +79,13 @@ async def relay(
     limit: int | None = 0,
     choices: int = 1,
     replace: Mapping[str, Any] | None = None,
+    apart: Sequence[int] = (),
 ) -> None:
     """Send `body` to an upstream of `pool` and its answer to `out`.
 
     `limit` and `choices`: how much each of how many answers may have. `replace`: fields of the body in place
-    of the client's. Until the upstream has counted them, a prompt's tokens are a quarter of its bytes.
+    of the client's. Until the upstream has counted them, a prompt's tokens are a quarter of its bytes, and
+    `MEDIA_TOKENS` for each file, of which `apart` has the bytes.
 
     An upstream that fails before the client has any of the answer is replaced by another one of the model;
     later only by one that continues messages (`SentText`).
@@ -90,7 +93,7 @@ async def relay(
     Raises ApiError for anything that keeps the answer from being complete. Closes the upstream
     connection at once when cancelled.
     """
-    prompt = len(body) // BYTES_PER_TOKEN
+    prompt = (len(body) - sum(apart)) // BYTES_PER_TOKEN + len(apart) * MEDIA_TOKENS
     await account.reserve(pool, prompt, limit, choices)
     fields = dict(replace or {})
     wants_usage = options is not None and bool(options.include_usage)

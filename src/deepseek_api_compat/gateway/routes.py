@@ -33,6 +33,7 @@ from deepseek_api_compat.gateway.plugins import Plugins, Run, reply_events
 from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.relay import relay
 from deepseek_api_compat.gateway.response import NOSNIFF, EventStream, Pulse, Sink, send_error, send_json
+from deepseek_api_compat.gateway.sight import Sight
 from deepseek_api_compat.gateway.usage import UsageApi
 from deepseek_api_compat.plugins import Reply
 from deepseek_api_compat.protocol import completion
@@ -125,7 +126,7 @@ class ModelDirectory:
 
 
 class Chat(NamedTuple):
-    """A chat request on its way. `thinks`: what the model's name said of it."""
+    """A chat request on its way; `request` is what `body` says, `thinks` what the model's name says."""
 
     body: bytes
     request: wire.ChatRequest
@@ -133,6 +134,11 @@ class Chat(NamedTuple):
     pool: ModelPool
     account: Account
     out: EventStream
+
+    @property
+    def media(self) -> list[int]:
+        """The sizes of its pictures and recordings, in characters of the body."""
+        return wire.media_sizes(self.request.messages)
 
 
 class Api:
@@ -148,9 +154,11 @@ class Api:
         repeats: Repeats,
         pulse: Pulse,
         plugins: Plugins,
+        sight: Sight,
         settings: Settings,
     ) -> None:
         self._plugins = plugins
+        self._sight = sight
         self._directory = directory
         self._chat = chat
         self._books = books
@@ -208,21 +216,33 @@ class Api:
         chat = Chat(body, request, thinks, pool, account, out)
         run = self._plugins.of(call.id, principal.id, pool.names, stream=request.stream)
         if run is None:
-            await self._answer(call, out, self._work(chat))
+            await self._answer(call, out, self._unplugged(chat) if chat.media else self._work(chat))
             return
         try:
             await self._answer(call, out, self._plugged(chat, run))
         finally:
             self._plugins.ended(run, call.tally, left=call.connection_lost)
 
+    async def _unplugged(self, chat: Chat) -> None:
+        """Do a chat request with pictures or sound."""
+        await self._work(await self._seen(chat))
+
     async def _plugged(self, chat: Chat, run: Run) -> None:
-        """Do a chat request as its plugins leave it."""
+        """Do a chat request as its plugins leave it; what is read in its pictures they see too."""
+        chat = await self._seen(chat)
         made = await run.request(chat.body)
         if isinstance(made, Reply):
             await chat.account.reserve(chat.pool, 0, 0, 0)  # a request without tokens
             await send_events(run.events(reply_events(made)), chat)
             return
         await self._work(chat._replace(body=made, request=wire.decode_chat(made, self._limits)), run)
+
+    async def _seen(self, chat: Chat) -> Chat:
+        """A chat request in which there is nothing but what its model takes."""
+        if not chat.media:
+            return chat
+        body = await self._sight.translated(chat.body, chat.pool, chat.account.principal.id)
+        return chat._replace(body=body, request=wire.decode_chat(body, self._limits))
 
     def _work(self, chat: Chat, run: Run | None = None) -> Coroutine[Any, Any, None]:
         """What answers a chat request, seen by the plugins of `run`."""
@@ -245,6 +265,7 @@ class Api:
                 limit=chat.account.limit(request.limit),
                 choices=request.choices,
                 replace=upstream_fields(chat.account, request, chat.thinks),
+                apart=chat.media,
             )
         if chat.thinks is not None:
             request = msgspec.structs.replace(request, thinking=chat.thinks)
@@ -346,6 +367,9 @@ class Api:
         body = await call.body()
         request = wire.decode_tokenize(body, self._limits)
         pool = self._token_pool(call, request.model)
+        if wire.media_sizes(request.messages or []):
+            body = await self._sight.translated(body, pool, principal_of(call).id)
+            request = wire.decode_tokenize(body, self._limits)
         info, engine = await pool.info(), await pool.engine()
         if request.messages is not None:
             functions = wire.declared_functions(body) if request.tools else None

@@ -55,16 +55,34 @@ class RefusalPart(Wire, frozen=True, tag_field="type", tag="refusal", kw_only=Tr
     refusal: str
 
 
-class ImagePart(Wire, frozen=True, tag_field="type", tag="image_url"):
-    """An image. Decoded only as far as needed to refuse it where the model reads text only."""
+class ImageUrl(Wire, frozen=True, kw_only=True):
+    """`url`: http, https or data. `detail` is for models that see."""
+
+    url: NonEmpty
+    detail: str | None = None
 
 
-class AudioPart(Wire, frozen=True, tag_field="type", tag="input_audio"):
-    """Sound; as ImagePart."""
+class ImagePart(Wire, frozen=True, tag_field="type", tag="image_url", kw_only=True):
+    """A picture; some clients leave out the object around the URL."""
+
+    image_url: ImageUrl | NonEmpty
+
+
+class InputAudio(Wire, frozen=True, kw_only=True):
+    """`data` is base64."""
+
+    data: NonEmpty
+    format: NonEmpty
+
+
+class AudioPart(Wire, frozen=True, tag_field="type", tag="input_audio", kw_only=True):
+    """Sound."""
+
+    input_audio: InputAudio
 
 
 class FilePart(Wire, frozen=True, tag_field="type", tag="file"):
-    """A file; as ImagePart."""
+    """A file. Decoded only as far as needed to refuse it."""
 
 
 Part = str | TextPart | RefusalPart | ImagePart | AudioPart | FilePart
@@ -91,6 +109,24 @@ def _part_text(part: Part, param: str) -> str:
         f"`{param}` has a part of type {part.__struct_config__.tag}, but this model reads text only.",
         param=param,
     )
+
+
+def media_sizes(messages: list[Message]) -> list[int]:
+    """Of each picture and recording in them, how many characters of a body it takes."""
+    return [
+        _media_size(part)
+        for message in messages
+        if isinstance(message.content, list)
+        for part in message.content
+        if isinstance(part, ImagePart | AudioPart)
+    ]
+
+
+def _media_size(part: ImagePart | AudioPart) -> int:
+    if isinstance(part, AudioPart):
+        return len(part.input_audio.data)
+    picture = part.image_url
+    return len(picture if isinstance(picture, str) else picture.url)
 
 
 class FunctionCall(Wire, frozen=True, kw_only=True):
@@ -345,6 +381,13 @@ class _Declared(msgspec.Struct):
 _declared = msgspec.json.Decoder(_Declared)
 
 
+class _Messages(msgspec.Struct):
+    messages: list[dict[str, Any]]
+
+
+_messages = msgspec.json.Decoder(_Messages)
+
+
 def declared_functions(body: bytes) -> list[dict[str, Any]] | None:
     """The functions of a body that `decode_chat` accepts, as written: all fields, in their order."""
     tools = _declared.decode(body).tools
@@ -383,6 +426,11 @@ def decode_detokenize(body: bytes, limits: DecodeLimits) -> DetokenizeRequest:
 def decode_object(body: bytes) -> dict[str, Any]:
     """Any JSON object. Raises InvalidRequest."""
     return _decode(_object, body)
+
+
+def messages_of(body: bytes) -> list[dict[str, Any]]:
+    """The messages of a body that `decode_chat` or `decode_tokenize` accepts, as written: all fields."""
+    return _messages.decode(body).messages
 
 
 def reencode(body: bytes, replace: dict[str, Any]) -> bytes:

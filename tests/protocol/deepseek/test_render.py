@@ -100,7 +100,10 @@ USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content
         ([{**USER, "prefix": True}], "messages[0].prefix"),
         ([USER, {**ANSWER, "prefix": True}, USER], "messages[1].prefix"),
         ([USER, {"role": "latest_reminder", "content": "x"}], "messages[1].role"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "data:,"}]}],
+            "messages[0].content",
+        ),
     ],
 )
 @pytest.mark.parametrize("format", ["v3", "r1", "v3.1", "v3.2"])
