@@ -22,6 +22,10 @@ top_p = 0.9
   path = "{path}"
   batch_size = 2
   context = 256
+
+# Where the seed's picture is fetched from here.
+[media]
+fetch_networks = ["127.0.0.1/32"]
 """
 
 

@@ -22,6 +22,8 @@ import pytest
 
 import deepseek_api_compat
 from deepseek_api_compat.models.prepared import default_model
+from fakes.files import Files
+from fakes.pictures import drawn
 from fakes.service import BIN, Service
 
 HERE = Path(__file__).parent
@@ -37,7 +39,6 @@ MODEL = "smollm2-135m-instruct"
 # Blocks that don't run, or not all of them, and why.
 NOT_RUN = (
     ("003 2.1", "the two conda lines: conda is not needed here; the pip line runs"),
-    ("003 3.3.2", "needs a model that sees"),
     ("003 5.1", "the image is not built here; its command runs"),
     ("003 6.2", "needs LoRATrainer"),
 )
@@ -207,6 +208,27 @@ def test_stream_handler(code: str, service: Service) -> None:
     answer = run(sys.executable, "-c", program, service.key or "", f"{service.url}/v1/compat")
     assert answer.strip()
     assert "None" not in answer
+
+
+@runs("003 3.3.2")
+def test_picture(code: str, service: Service) -> None:
+    """The seed's picture is one of ours; what stands in it is part of the prompt."""
+    files = Files(drawn("Torque 45 Nm", format_="JPEG"))
+    try:
+        url = {"https://example.com/image.jpg": f"{files.url}/image.jpg"}
+        asked = "\nprint(response.usage.prompt_tokens, response.choices[0].message.content)"
+        out = run(
+            sys.executable, "-c", CLIENT + fill(code, url) + asked, service.key or "", f"{service.url}/v1"
+        )
+    finally:
+        files.close()
+    assert files.paths == ["/image.jpg"]
+    tokens, _, answer = out.partition(" ")
+    with service.client() as http:
+        question = [{"role": "user", "content": "描述这张图片中的技术细节"}]
+        alone = http.post("/tokenize", json={"messages": question}).json()["count"]
+    assert int(tokens) > alone + 20
+    assert answer.strip()
 
 
 @runs("003 6.1")
