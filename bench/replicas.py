@@ -1,10 +1,10 @@
 """Routing among real replicas: cache hits and TTFT of conversations, for each policy.
 
-    python -m bench.replicas [--rounds 3] [--sessions 12] [--turns 5] [--replicas 2] [--slots 4]
+    python -m bench.replicas [--rounds 3] [--sessions 6] [--turns 5] [--replicas 2] [--slots 4]
 
 The same conversations, with a system prompt that some share and pauses between turns, through the whole
 service with llama.cpp engines that start with an empty cache. One policy after the other, in another order
-each round.
+each round. With more sessions than slots most of a cache is overwritten before its session comes back.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ async def measure(service: Service, sessions: int, turns: int) -> tuple[float, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sessions", type=int, default=12)
+    parser.add_argument("--sessions", type=int, default=6)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--slots", type=int, default=4)
