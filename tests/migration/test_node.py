@@ -13,17 +13,15 @@ What a library can't do, and so has no cell:
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fakes.configs import TINY
+from fakes.rows import Cells, Rows
 from fakes.service import Service
 
 NODE = Path(__file__).parent / "node"
@@ -35,8 +33,6 @@ AI = {
     "ai 7, deepseek": ["ai.mjs", "ai", "@ai-sdk/deepseek", "deepseek"],
 }
 ROWS = OPENAI | AI
-PATIENCE = 300.0  # seconds for a row, on a machine that has much else to do
-Cells = dict[str, dict[str, Any]]
 
 node = shutil.which("node")
 pytestmark = pytest.mark.skipif(
@@ -45,24 +41,12 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="session")
-def programs(service: Service) -> Iterator[dict[str, subprocess.Popen[str]]]:
+def rows(service: Service) -> Iterator[Rows]:
     """All rows at once: they wait for the engine most of the time."""
     environment = {**os.environ, "BASE_URL": service.url, "DEEPSEEK_API_KEY": str(service.key)}
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = {
-        row: subprocess.Popen([str(node), *argv], cwd=NODE, env=environment, **pipes)
-        for row, argv in ROWS.items()
-    }
-    yield running
-    for program in running.values():
-        program.kill()
-        program.communicate()
-
-
-@pytest.fixture(scope="session")
-def outputs(programs: dict[str, subprocess.Popen[str]]) -> dict[str, Cells]:
-    """What each row printed, filled by `cells` as the tests ask."""
-    return {}
+    rows = Rows({row: [str(node), *argv] for row, argv in ROWS.items()}, NODE, environment)
+    yield rows
+    rows.close()
 
 
 @pytest.fixture(params=ROWS)
@@ -71,13 +55,8 @@ def row(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def cells(row: str, programs: dict[str, subprocess.Popen[str]], outputs: dict[str, Cells]) -> Cells:
-    if row not in outputs:
-        printed, complaints = programs[row].communicate(timeout=PATIENCE)
-        assert programs[row].returncode == 0, complaints
-        lines = [json.loads(line) for line in printed.splitlines()]
-        outputs[row] = {line["cell"]: line["got"] for line in lines}
-    return outputs[row]
+def cells(row: str, rows: Rows) -> Cells:
+    return rows.cells(row)
 
 
 def test_chat(cells: Cells) -> None:

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fakes.configs import TINY
+from fakes.rows import Cells, Rows
 from fakes.service import Service
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -44,14 +43,12 @@ LLAMA_INDEX = {
 LLM = {"llm": ["llm", "llm_command.py"]}
 # The slow ones first: all start at once.
 ROWS = LLAMA_INDEX | LANGCHAIN | LLM | OLD | OPENAI | OURS
-PATIENCE = 300.0  # seconds for a row, on a machine that has much else to do
-Cells = dict[str, Any]
 
 pytestmark = pytest.mark.skipif(not ENVIRONMENTS.is_dir(), reason="needs `make migration-python`")
 
 
 @pytest.fixture(scope="session")
-def programs(service: Service) -> Iterator[dict[str, subprocess.Popen[str]]]:
+def rows(service: Service) -> Iterator[Rows]:
     """All rows at once: they wait for the engine most of the time."""
     made = json.loads(service.command("keys", "create", "tokens", "--json"))
     environment = {
@@ -62,23 +59,12 @@ def programs(service: Service) -> Iterator[dict[str, subprocess.Popen[str]]]:
         "TOKEN_SECRET": made["secret_key"],
         "PYTHONPATH": str(ROOT / "src"),
     }
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = {
-        row: subprocess.Popen(
-            [str(ENVIRONMENTS / name / "bin" / "python"), *argv], cwd=CLIENTS, env=environment, **pipes
-        )
-        for row, (name, *argv) in ROWS.items()
+    commands = {
+        row: [str(ENVIRONMENTS / name / "bin" / "python"), *argv] for row, (name, *argv) in ROWS.items()
     }
-    yield running
-    for program in running.values():
-        program.kill()
-        program.communicate()
-
-
-@pytest.fixture(scope="session")
-def outputs() -> dict[str, Cells]:
-    """What each row printed, filled by `cells` as the tests ask."""
-    return {}
+    rows = Rows(commands, CLIENTS, environment)
+    yield rows
+    rows.close()
 
 
 @pytest.fixture(params=ROWS)
@@ -87,13 +73,8 @@ def row(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def cells(row: str, programs: dict[str, subprocess.Popen[str]], outputs: dict[str, Cells]) -> Cells:
-    if row not in outputs:
-        printed, complaints = programs[row].communicate(timeout=PATIENCE)
-        assert programs[row].returncode == 0, complaints
-        lines = [json.loads(line) for line in printed.splitlines()]
-        outputs[row] = {line["cell"]: line["got"] for line in lines}
-    return outputs[row]
+def cells(row: str, rows: Rows) -> Cells:
+    return rows.cells(row)
 
 
 def test_chat(cells: Cells) -> None:
