@@ -311,10 +311,10 @@ def load(
     except msgspec.ValidationError as error:
         raise ConfigError(f"Configuration{f' {path}' if path else ''}: {error}.") from None
     _check(settings)
-    return _with_multimodal(settings)
+    return settings
 
 
-def _with_multimodal(settings: Settings) -> Settings:
+def with_multimodal(settings: Settings) -> Settings:
     """The model called deepseek-v3 has the alias for requests with pictures too, unless another has it."""
     names = [{model.name, *model.aliases} for model in settings.models]
     if any(MULTIMODAL in those for those in names):

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     check_network(settings)
     check_plugins(settings)
     check_media(settings)
-    settings = with_plan(settings, args)
+    settings = config.with_multimodal(with_plan(settings, args))
     allow_many_connections()
     # The port first: a model may take minutes to fetch, and a taken port should be said at once.
     listeners = bind(settings.server.host, settings.server.port, settings.server.workers)
