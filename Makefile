@@ -27,8 +27,12 @@ install: $(STAMP)  ## client, server, embedded engine and development tools into
 serve: $(STAMP)  ## fetch the default model if needed and serve it on PORT (8000)
 	@exec $(BIN)/deepseek-api serve --port $(PORT) $(SERVE_ARGS)
 
+# Processes that run tests. A file's tests stay together, in this order: the quick files come last.
+TEST_PROCESSES ?= 2
+PARALLEL = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -62,7 +66,7 @@ chaos-smoke: $(STAMP)  ## the same for less than two minutes
 
 OLD_PYTHON ?= python3.10
 test-oldest: .venv310/.installed  ## the tests on Python 3.10 with the lowest versions that pyproject.toml allows
-	.venv310/bin/python -m pytest --ignore tests/seeds
+	.venv310/bin/python -m pytest $(PARALLEL) --ignore tests/seeds
 
 .venv310/.installed: pyproject.toml tools/lowest.py
 	@test -x .venv310/bin/python || $(OLD_PYTHON) -m venv .venv310

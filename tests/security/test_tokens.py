@@ -309,6 +309,7 @@ NESTED = b"[" * 1500
         (HEADER, json.dumps(claims()).encode()[:-1]),
         (HEADER, json.dumps(claims()).encode() + b"{}"),
     ],
+    ids=lambda value: "",  # as in test_keys.py
 )
 def test_a_malformed_token_is_refused_in_a_sentence(header: bytes, payload: bytes) -> None:
     error = refused(TABLE, signed(header, payload))
