@@ -21,8 +21,20 @@ from deepseek_api_compat import AsyncOpenAI, OpenAI
 import openai
 assert issubclass(OpenAI, openai.OpenAI) and issubclass(AsyncOpenAI, openai.AsyncOpenAI)
 assert OpenAI(api_key="x").base_url.host == "127.0.0.1"
-heavy = {"uvicorn", "msgspec", "torch", "sqlalchemy", "xllamacpp"} & set(sys.modules)
+heavy = {"uvicorn", "msgspec", "torch", "sqlalchemy", "xllamacpp", "PIL", "rapidocr"} & set(sys.modules)
 assert not heavy, heavy
+"""
+
+OLD = """
+import openai
+from deepseek_api_compat import AudioInput, AuthManager, ImageInput
+assert openai.ChatCompletion and openai.VERSION == "0.28.1"
+assert ImageInput(url="https://example.com/a.png")["type"] == "image_url"
+assert AuthManager(api_key="DSK-abcdefghijkl-" + "x" * 43, secret_key="s").generate_token().startswith("eyJ")
+try:
+    from deepseek_api_compat import OpenAI
+except ImportError as error:
+    print(error)
 """
 
 CALL = """
@@ -71,6 +83,16 @@ def main() -> int:
         client = environment(work / "client", str(wheel))
         run(client / "python", "-c", CLIENT)
         print("client: imported", run(client / "deepseek-api", "version").strip())
+
+        # As documents of old say it: pip finds the package in a folder, beside a release without clients.
+        run(sys.executable, "-m", "venv", work / "old")
+        old = work / "old" / "bin"
+        found = [old / "pip", "install", "--quiet", "--find-links", wheel.parent]
+        run(*found, "deepseek-api-compat", "openai==0.28.1")
+        said = run(old / "python", "-c", OLD)
+        if "pip install -U openai" not in said or "openai.api_base" not in said:
+            sys.exit(f"smoke_wheel: with openai 0.28.1 OpenAI says {said!r}")
+        print("openai 0.28.1:", said.strip())
 
         server = environment(work / "server", f"{wheel}[server]")
         data = work / "data"
