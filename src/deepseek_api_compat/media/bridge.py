@@ -136,7 +136,7 @@ class Bridge:
             return
         picture = _picture_of(place.part)
         content, format_ = await self._picture(picture["url"], room)
-        url = _as_data_url(content, format_)
+        url = await asyncio.to_thread(_as_data_url, content, format_)
         place.replace({"type": "image_url", "image_url": {**picture, "url": url}})
 
     async def _read_picture(
@@ -147,15 +147,15 @@ class Bridge:
         picture = _picture_of(part)
         content, format_ = await self._picture(picture["url"], room)
         detail = picture.get("detail")
-        key = (PICTURE, owner, detail, hashlib.sha256(content).digest())
+        key = (PICTURE, owner, detail, await _digest(content))
         said, cached = await self._once(key, lambda: self._say(content, format_, detail))
         return _marked(f"Picture {number}", said), cached
 
     async def _say(self, content: bytes, format_: str, detail: str | None) -> str:
         said = []
         if self._describer is not None:
-            url = _as_data_url(content, format_)
-            description = await self._describer.describe(content, url, detail)
+            url = await asyncio.to_thread(_as_data_url, content, format_)
+            description = await self._describer.describe(url, detail)
             if description:
                 said.append(f"What it shows, as a model describes it:\n{_harmless(description)}")
         if self._reader is not None:
@@ -177,7 +177,7 @@ class Bridge:
         url = encoded if encoded[:5].lower() == "data:" else f"data:;base64,{encoded}"
         content = await asyncio.to_thread(data_url, url, self._settings.max_bytes)
         room.take(len(content))
-        key = (SOUND, owner, format_, hashlib.sha256(content).digest())
+        key = (SOUND, owner, format_, await _digest(content))
         said, cached = await self._once(key, lambda: self._hear(content, format_))
         return _marked(f"Recording {number}", said), cached
 
@@ -256,6 +256,11 @@ def _places(messages: Messages) -> list[_Place]:
 def _picture_of(part: dict[str, Any]) -> dict[str, Any]:
     picture = part["image_url"]
     return {"url": picture} if isinstance(picture, str) else picture
+
+
+async def _digest(content: bytes) -> bytes:
+    """In a thread, as all that takes some milliseconds for each megabyte."""
+    return (await asyncio.to_thread(hashlib.sha256, content)).digest()
 
 
 def _as_data_url(content: bytes, format_: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import httpx
@@ -47,7 +49,7 @@ class Endpoint:
         self._timeout = timeout
         self._client: httpx.AsyncClient | None = None
 
-    async def describe(self, content: bytes, url: str, detail: str | None) -> str:
+    async def describe(self, url: str, detail: str | None) -> str:
         """What a picture shows; `url`: a data URL of it."""
         picture = {"url": url} if detail is None else {"url": url, "detail": detail}
         parts = [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": picture}]
@@ -84,20 +86,26 @@ class Endpoint:
 
     async def _post(self, path: str, what: str, **content: Any) -> bytes:
         if self._client is None:
-            self._client = httpx.AsyncClient(headers=self._headers, timeout=self._timeout)
-        body = bytearray()
+            self._client = httpx.AsyncClient(headers=self._headers, timeout=self._timeout, trust_env=False)
+        asked = self._client.stream("POST", self._url + path, **content)
         try:
-            async with self._client.stream("POST", self._url + path, **content) as response:
-                if response.status_code != httpx.codes.OK:
-                    raise _failed(what, f"answered {response.status_code}")
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-                    if len(body) > MOST_BYTES:
-                        raise _failed(what, "does not end its answer")
-        except (httpx.HTTPError, httpx.StreamError) as error:
-            how = "took too long" if isinstance(error, httpx.TimeoutException) else "can't be reached"
-            raise _failed(what, how) from None
-        return bytes(body)
+            return await asyncio.wait_for(_answer(asked, what), self._timeout)
+        except (asyncio.TimeoutError, httpx.TimeoutException):
+            raise _failed(what, "took too long") from None
+        except (httpx.HTTPError, httpx.StreamError):
+            raise _failed(what, "can't be reached") from None
+
+
+async def _answer(asked: AbstractAsyncContextManager[httpx.Response], what: str) -> bytes:
+    body = bytearray()
+    async with asked as response:
+        if response.status_code != httpx.codes.OK:
+            raise _failed(what, f"answered {response.status_code}")
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > MOST_BYTES:
+                raise _failed(what, "does not end its answer")
+    return bytes(body)
 
 
 def _failed(what: str, how: str) -> EngineUnavailable:
