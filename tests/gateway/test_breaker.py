@@ -128,20 +128,7 @@ def test_a_trial_of_which_nothing_is_heard_is_given_up(breaker):
     assert breaker.state(61.0) == "closed"
 
 
-def test_good_probes_prove_nothing_and_bad_ones_count(breaker):
-    fail(breaker, 0.0, 3)
-    breaker.probed(True, 0.5)
-    assert not breaker.admits(0.5)
-    breaker.probed(False, 0.9)
-    assert not breaker.admits(1.5)
-    assert breaker.admits(1.9)
-    other = Breaker(BreakerSettings(failures=2))
-    other.probed(False, 0.0)
-    other.probed(False, 1.0)
-    assert other.state(1.0) == "open"
-
-
-@given(st.lists(st.tuples(st.sampled_from(["ok", "bad", "drop", "probe", "wait"]), st.floats(0, 3))))
+@given(st.lists(st.tuples(st.sampled_from(["ok", "bad", "drop", "wait"]), st.floats(0, 3))))
 def test_it_always_comes_to_a_trial_again(steps):
     breaker = Breaker()
     now, passes = 0.0, []
@@ -149,9 +136,7 @@ def test_it_always_comes_to_a_trial_again(steps):
         now += seconds
         if (given := breaker.admit(now)) is not None:
             passes.append(given)
-        if step == "probe":
-            breaker.probed(False, now)
-        elif passes and step != "wait":
+        if passes and step != "wait":
             given = passes.pop(0)
             if step == "ok":
                 breaker.succeeded(given)

@@ -6,8 +6,8 @@ A breaker is one of three:
     open        none does until the hold-off is over: `hold` seconds, twice as many after each failed trial
     half-open   one does, the trial: if it succeeds the breaker closes, if it fails it opens again
 
-A good probe is no proof - an engine can be healthy and wrong - so it closes nothing; a bad one counts as a
-failure and puts a trial off. Everything is told the time, in seconds of one monotonic clock.
+Only requests count, not probes: an engine can be healthy and wrong. Everything is told the time, in seconds
+of one monotonic clock.
 """
 
 from __future__ import annotations
@@ -113,15 +113,6 @@ class Breaker:
         """It ended without telling anything: the client left, or the request was wrong."""
         if given == self._generation:
             self._trial = None
-
-    def probed(self, good: bool, now: float) -> None:
-        """What an active probe has found."""
-        if good:
-            return
-        if not self._opened:
-            self._fail(now)
-        elif not self._on_trial(now):
-            self._until = max(self._until, now + self._hold_off())
 
     def _fail(self, now: float, gone: bool = True) -> None:
         self._failures += gone
