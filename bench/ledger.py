@@ -21,7 +21,8 @@ from deepseek_api_compat.config import LedgerSettings
 from deepseek_api_compat.gateway.journal import Journal
 from deepseek_api_compat.gateway.ledger import Intake
 from deepseek_api_compat.gateway.prices import Price
-from deepseek_api_compat.store.ledger import DAY, Filter, Ledger
+from deepseek_api_compat.store.ledger import Ledger
+from deepseek_api_compat.store.ledger_rows import DAY, Filter
 
 PRICE = Price(270_000, 70_000, 1_100_000)
 CHUNKS = 20

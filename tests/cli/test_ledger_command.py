@@ -11,7 +11,8 @@ import pytest
 
 from deepseek_api_compat.cli import main
 from deepseek_api_compat.cli.ledger import _moment
-from deepseek_api_compat.store.ledger import Batch, LedgerRow, open_ledger
+from deepseek_api_compat.store.ledger import open_ledger
+from deepseek_api_compat.store.ledger_rows import Batch, LedgerRow
 
 MIDNIGHT = 1_780_012_800  # 2026-05-29 00:00 UTC
 

@@ -24,16 +24,8 @@ from deepseek_api_compat.gateway import journal_files
 from deepseek_api_compat.gateway.journal import Entry, Journal
 from deepseek_api_compat.gateway.ledger import Intake, IntakeState
 from deepseek_api_compat.gateway.prices import Price
-from deepseek_api_compat.store.ledger import (
-    DATABASE,
-    Batch,
-    Filter,
-    Ledger,
-    LedgerRow,
-    Refusals,
-    Spent,
-    open_ledger,
-)
+from deepseek_api_compat.store.ledger import DATABASE, Ledger, open_ledger
+from deepseek_api_compat.store.ledger_rows import Batch, Filter, LedgerRow, Refusals, Spent
 
 NOW = 1_780_012_800.0  # midnight, UTC
 PRICE = Price(prompt=1_000_000, cached=500_000, completion=2_000_000)

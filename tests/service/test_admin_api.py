@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from deepseek_api_compat.store.ledger import Batch, LedgerRow, open_ledger
+from deepseek_api_compat.store.ledger import open_ledger
+from deepseek_api_compat.store.ledger_rows import Batch, LedgerRow
 from fakes.chat_upstream import ChatUpstream
 from fakes.configs import PATIENT, chat, upstream_model
 from fakes.service import Service, eventually

@@ -11,16 +11,8 @@ from alembic.script import ScriptDirectory
 
 from deepseek_api_compat.errors import SetupError
 from deepseek_api_compat.store import ledger_migrations, migrations
-from deepseek_api_compat.store.ledger import (
-    Batch,
-    Filter,
-    Ledger,
-    LedgerRow,
-    Refusals,
-    Spent,
-    Usage,
-    open_ledger,
-)
+from deepseek_api_compat.store.ledger import Ledger, open_ledger
+from deepseek_api_compat.store.ledger_rows import Batch, Filter, LedgerRow, Refusals, Spent, Usage
 from deepseek_api_compat.store.ledger_tables import SCHEMA, metadata
 from deepseek_api_compat.store.sql import open_store
 

@@ -24,7 +24,8 @@ from deepseek_api_compat.errors import SetupError
 
 if TYPE_CHECKING:
     from deepseek_api_compat.config import Settings
-    from deepseek_api_compat.store.ledger import Filter, Ledger, LedgerRow, Usage
+    from deepseek_api_compat.store.ledger import Ledger
+    from deepseek_api_compat.store.ledger_rows import Filter, LedgerRow, Usage
 
     SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -81,7 +82,7 @@ def _moment(text: str) -> float:
 
 
 def _filter(args: argparse.Namespace) -> Filter:
-    from deepseek_api_compat.store.ledger import Filter
+    from deepseek_api_compat.store.ledger_rows import Filter
 
     return Filter(since=args.since, until=args.until, key_id=args.key, model=args.model, outcome=args.outcome)
 
@@ -185,7 +186,7 @@ def _output(name: str) -> Iterator[IO[bytes]]:
 def _write_csv(rows: Iterable[LedgerRow], file: IO[bytes]) -> None:
     import io
 
-    from deepseek_api_compat.store.ledger import LedgerRow
+    from deepseek_api_compat.store.ledger_rows import LedgerRow
 
     text = io.TextIOWrapper(file, "utf-8", newline="")
     try:
@@ -219,7 +220,7 @@ def _write_parquet(rows: Iterable[LedgerRow], file: IO[bytes]) -> None:
         ) from None
     from itertools import islice
 
-    from deepseek_api_compat.store.ledger import LedgerRow
+    from deepseek_api_compat.store.ledger_rows import LedgerRow
 
     numbers = {
         "started", "replica", "status", "queue_ms", "ttft_ms", "total_ms", "prompt_tokens", "cached_tokens",
@@ -256,6 +257,6 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _everything() -> Filter:
-    from deepseek_api_compat.store.ledger import Filter
+    from deepseek_api_compat.store.ledger_rows import Filter
 
     return Filter()

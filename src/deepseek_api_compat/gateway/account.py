@@ -31,7 +31,7 @@ from deepseek_api_compat.gateway.pool import ModelPool
 from deepseek_api_compat.gateway.prices import FREE, Price, Prices
 from deepseek_api_compat.gateway.response import Headers, rate_headers
 from deepseek_api_compat.security.keys import Principal
-from deepseek_api_compat.store.ledger import Outcome
+from deepseek_api_compat.store.ledger_rows import Outcome
 
 REFUSALS = frozenset({400, 401, 402, 403, 404, 413, 422, 429})
 LOST = (EngineFailed, EngineUnavailable)

@@ -27,7 +27,7 @@ from deepseek_api_compat.gateway.usage import (
 )
 from deepseek_api_compat.protocol.openai import decode_object
 from deepseek_api_compat.security.key_fields import money
-from deepseek_api_compat.store.ledger import Outcome
+from deepseek_api_compat.store.ledger_rows import Outcome
 
 ADMINS = frozenset({"admin"})
 ONLY_HERE = ("",)  # no prefix: an admin's paths shall not look like a client's

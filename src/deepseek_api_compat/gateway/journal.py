@@ -45,7 +45,7 @@ from deepseek_api_compat.gateway.journal_files import (
 )
 from deepseek_api_compat.gateway.prices import Price
 from deepseek_api_compat.store.datadir import reason
-from deepseek_api_compat.store.ledger import Outcome
+from deepseek_api_compat.store.ledger_rows import Outcome
 
 SPARE = 512  # records that must fit besides those that are promised, or the log grows
 SECOND = 1.0  # between two tries to make a file, and two writes to the disk

@@ -42,7 +42,8 @@ from deepseek_api_compat.gateway.journal_files import (
 )
 from deepseek_api_compat.gateway.prices import Price
 from deepseek_api_compat.store.datadir import reason
-from deepseek_api_compat.store.ledger import DAY, Batch, Ledger, LedgerRow, Refusals, Spent, open_ledger
+from deepseek_api_compat.store.ledger import Ledger, open_ledger
+from deepseek_api_compat.store.ledger_rows import DAY, Batch, LedgerRow, Refusals, Spent
 
 INTERVAL = 0.5  # seconds between two rounds
 PIECE = 1024 * 1024  # bytes of a log read at once: a large batch changes each page of an index only once

@@ -15,7 +15,8 @@ from deepseek_api_compat.gateway.ledger import Intake
 from deepseek_api_compat.gateway.query import MAX_PAGE
 from deepseek_api_compat.security.admin import READ_ONLY, KeyAdmin
 from deepseek_api_compat.store.audit import Actor
-from deepseek_api_compat.store.ledger import Filter, Grouping, Ledger
+from deepseek_api_compat.store.ledger import Ledger
+from deepseek_api_compat.store.ledger_rows import Filter, Grouping
 
 READERS = 4  # questions that read the ledger at the same time
 MAX_GROUPS = 10_000  # of one summary

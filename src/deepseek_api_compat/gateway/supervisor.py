@@ -43,7 +43,7 @@ from deepseek_api_compat.gateway.slots import wake
 from deepseek_api_compat.security.admin import KeyAdmin, ensure_admin
 from deepseek_api_compat.store.audit import Actor
 from deepseek_api_compat.store.base import KeyRecord
-from deepseek_api_compat.store.ledger import LedgerRow
+from deepseek_api_compat.store.ledger_rows import LedgerRow
 
 MAX_START_FAILURES = 3
 ACK_TIMEOUT = 5.0

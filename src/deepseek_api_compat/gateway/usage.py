@@ -16,7 +16,7 @@ from deepseek_api_compat.security.key_fields import money
 from deepseek_api_compat.security.keys import Principal
 from deepseek_api_compat.store.audit import Actor
 from deepseek_api_compat.store.base import MICRO
-from deepseek_api_compat.store.ledger import DAY, HOUR, Outcome
+from deepseek_api_compat.store.ledger_rows import DAY, HOUR, Outcome
 
 # An operation by the supervisor: its name, parameters, and who wants it. Raises ApiError.
 AskFor = Callable[[str, dict[str, Any], Actor], Awaitable[Any]]
