@@ -1,6 +1,6 @@
 """kill -9 at random moments, under several streams: no request is lost or written down twice.
 
-LEDGER_CHAOS_MOMENTS says how often (20); `make ledger-chaos` does it 200 times. LEDGER_CHAOS_SEED repeats the
+LEDGER_CHAOS_MOMENTS says how often (10); `make ledger-chaos` does it 200 times. LEDGER_CHAOS_SEED repeats the
 moments of a run.
 """
 
@@ -26,7 +26,7 @@ from fakes.ledger import Row
 from fakes.service import Service, eventually
 from fakes.wire import Wire, request
 
-MOMENTS = int(os.environ.get("LEDGER_CHAOS_MOMENTS", "20"))
+MOMENTS = int(os.environ.get("LEDGER_CHAOS_MOMENTS", "10"))
 SEED = int(os.environ.get("LEDGER_CHAOS_SEED", "0")) or random.randrange(1, 10**6)
 PATH = "/v1/chat/completions"
 RELAYS = 4
