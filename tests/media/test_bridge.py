@@ -12,7 +12,7 @@ import pytest
 
 from deepseek_api_compat.config import MediaSettings
 from deepseek_api_compat.errors import ConfigError, EngineUnavailable, InvalidRequest
-from deepseek_api_compat.media import bridge
+from deepseek_api_compat.media import bridge, ocr
 from deepseek_api_compat.media.bridge import Bridge
 from deepseek_api_compat.media.cache import OVERHEAD, TextCache
 from deepseek_api_compat.media.images import Picture
@@ -39,6 +39,13 @@ class Reader:
 
     async def close(self) -> None:
         pass
+
+
+class Describer:
+    """Stands for a model elsewhere."""
+
+    async def describe(self, url: str, detail: str | None) -> str:
+        return "A cat."
 
 
 def png(number: int = 0) -> str:
@@ -84,7 +91,7 @@ async def test_files_are_numbered_through_the_conversation() -> None:
 
 async def test_an_empty_picture_says_so() -> None:
     [[part]] = await Made(Reader("")).translate(user(picture(png())))
-    assert "OCR finds no text in it" in part["text"]
+    assert "No text is found in it" in part["text"]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +139,23 @@ async def test_without_anything_that_reads_a_picture_is_refused() -> None:
         with pytest.raises(InvalidRequest, match=f"type {part['type']}, but this model reads text only"):
             await made.translate(user(part))
     assert (await made.translate(user(picture(png())), sees=True)) == [[picture(png())]]
+
+
+async def test_a_description_needs_no_ocr(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the extra is missing; without a description the error names it."""
+    monkeypatch.setattr(ocr, "installed", lambda: False)
+    described = MediaSettings(caption_url="http://127.0.0.1:9/v1", caption_model="m")
+    for settings, code in ((described, "media_endpoint_failed"), (MediaSettings(), "vision_not_installed")):
+        made = Bridge(settings, MEGABYTE, lambda kind, result: None)
+        with pytest.raises(EngineUnavailable) as caught:
+            await made.translate([user(picture(png()))], "a", sees=False, hears=False)
+        assert caught.value.code == code
+        await made.close()
+    made = Bridge(described, MEGABYTE, lambda kind, result: None)
+    made._describer = Describer()  # type: ignore[assignment]
+    messages = [user(picture(png()))]
+    await made.translate(messages, "a", sees=False, hears=False)
+    assert "as a model describes it:\nA cat." in messages[0]["content"][0]["text"]
 
 
 async def test_only_so_many_wait() -> None:

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 from deepseek_api_compat.config import MediaSettings, secret_from_env
 from deepseek_api_compat.errors import ApiError, EngineUnavailable, InvalidRequest
+from deepseek_api_compat.media import ocr
 from deepseek_api_compat.media.cache import TextCache
 from deepseek_api_compat.media.endpoints import Endpoint
 from deepseek_api_compat.media.fetch import FetchLimits, data_url, fetch
 from deepseek_api_compat.media.hearing import Hearing
 from deepseek_api_compat.media.images import look
-from deepseek_api_compat.media.ocr import Recogniser
 
 Messages = list[dict[str, Any]]
 Count = Callable[[str, str], None]
@@ -63,11 +63,13 @@ class Bridge:
             networks=tuple(map(ip_network, settings.fetch_networks)),
         )
         self._cache = TextCache(settings.cache_bytes)
-        self._reader = Recogniser(timeout=settings.timeout) if settings.ocr else None
-        self._listener = Hearing(timeout=settings.timeout) if settings.speech else None
         self._describer = _endpoint(
             settings.caption_url, settings.caption_model, settings.caption_api_key_env, settings.timeout
         )
+        # Without its extra OCR tells what to install, unless there is a description anyway.
+        reads = settings.ocr and (ocr.installed() or self._describer is None)
+        self._reader = ocr.Recogniser(timeout=settings.timeout) if reads else None
+        self._listener = Hearing(timeout=settings.timeout) if settings.speech else None
         self._transcriber = _endpoint(
             settings.transcription_url,
             settings.transcription_model,
@@ -162,9 +164,7 @@ class Bridge:
             words = await self._reader.read(look(content, self._settings.max_pixels))
             if words:
                 said.append(f"The text in it, as OCR reads it:\n{_harmless(words)}")
-            elif not said:
-                said.append("OCR finds no text in it; what else it shows is not known.")
-        return "\n".join(said)
+        return "\n".join(said) or "No text is found in it; what else it shows is not known."
 
     async def _read_sound(
         self, part: dict[str, Any], number: int, owner: str, room: _Room
