@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.mmap_dict import MmapedDict
 
+from deepseek_api_compat.gateway import metric_files
+from deepseek_api_compat.gateway.journal_files import reserve
 from deepseek_api_compat.gateway.metric_files import SIZE, MetricFile
 from fakes.limited_files import files_limited_to
 
@@ -52,6 +54,24 @@ def test_a_file_has_all_its_space_from_the_start_and_when_it_grows(tmp_path: Pat
         made[0].write_value(name, value, 0.0)
     assert path.stat().st_blocks * 512 >= path.stat().st_size >= 2 * SIZE
     assert numbers(path) == names
+
+
+def test_a_file_can_be_read_as_soon_as_it_is_there(
+    tmp_path: Path, made: list[MetricFile], monkeypatch: pytest.MonkeyPatch
+):
+    """`/metrics` of one worker reads while another one starts."""
+    seen: list[dict[str, float]] = []
+
+    def reserving(*args: int) -> None:
+        seen.extend(numbers(path) for path in tmp_path.glob("*.db"))
+        reserve(*args)
+        seen.append({})
+
+    monkeypatch.setattr(metric_files, "reserve", reserving)
+    made.append(MetricFile(str(tmp_path / "counter_1.db")))
+    made.append(MetricFile(str(tmp_path / "counter_2.db")))
+    assert seen == [{}] * 3
+    assert files(tmp_path) == {"counter_1.db", "counter_2.db"}
 
 
 def test_without_space_for_a_file_a_worker_counts_for_nobody(tmp_path: Path, made: list[MetricFile]):

@@ -81,13 +81,16 @@ def _mine(wanted: Path) -> Any:
 
 
 def _new(path: Path) -> Any:
-    file = path.open("x+b", buffering=0)
+    """A file that has its space and its lock before it has its name: by that others read it at any moment."""
+    unnamed = path.with_suffix(".new")
+    file = unnamed.open("w+b", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
         reserve(file.fileno(), 0, SIZE)
+        unnamed.rename(path)
     except OSError:
         file.close()
-        path.unlink()
+        unnamed.unlink()
         raise
     return file
 
