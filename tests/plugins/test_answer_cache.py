@@ -6,6 +6,7 @@ import logging
 import os
 import sqlite3
 import stat
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -322,6 +323,25 @@ def test_an_answer_that_can_not_be_read_is_made_anew(cached: Any):
 def test_wrong_options(options: dict[str, Any]):
     with pytest.raises(ConfigError):
         Plugin(PluginSettings(use="deepseek_api_compat.plugins.answer_cache:AnswerCache", options=options))
+
+
+def test_workers_that_start_together(tmp_path: Path):
+    """One makes the file, and the others wait for that."""
+    for number in range(30):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        workers = [AnswerStore(60, 20, 1 << 20) for _ in range(8)]
+        together = threading.Barrier(len(workers))
+
+        def start(store: AnswerStore, together: threading.Barrier = together, folder: Path = folder) -> None:
+            together.wait()
+            assert store.get(folder, b"key") is None
+
+        with ThreadPoolExecutor(len(workers)) as pool:
+            for done in [pool.submit(start, store) for store in workers]:
+                done.result()
+        for store in workers:
+            store.close()
 
 
 def test_workers_do_not_wait_for_each_other(tmp_path: Path):

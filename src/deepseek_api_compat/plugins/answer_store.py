@@ -100,10 +100,7 @@ class AnswerStore:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
-            connection.execute("PRAGMA secure_delete = ON")  # nothing of what is deleted stays in the file
-            connection.executescript(_SCHEMA)
+            _prepare(connection)
         except BaseException:
             connection.close()
             raise
@@ -114,3 +111,20 @@ class AnswerStore:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    """Make the file what it should be, which others may do at the same time."""
+    deadline = time.monotonic() + BUSY
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute("PRAGMA secure_delete = ON")  # nothing of what is deleted stays in the file
+            connection.executescript(_SCHEMA)
+            return
+        except sqlite3.OperationalError:
+            # SQLite does not wait for another that changes the journal's mode, whatever its timeout.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
