@@ -43,10 +43,13 @@ class Sight:
             await self._bridge.close()
 
     async def _loaded(self) -> Bridge:
-        module = await asyncio.to_thread(import_module, "deepseek_api_compat.media.bridge")
         if self._bridge is None:
+            module = await asyncio.to_thread(import_module, "deepseek_api_compat.media.bridge")
             settings = self._settings
-            self._bridge = module.Bridge(settings.media, settings.server.max_body_bytes, _count)
+            # Another request may have waited for it too.
+            self._bridge = self._bridge or module.Bridge(
+                settings.media, settings.server.max_body_bytes, _count
+            )
         return self._bridge
 
 
