@@ -41,7 +41,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 check: lint  ## lint, types, layers, and the tests that start no service
-	$(BIN)/python -m pytest --ignore tests/service --ignore tests/seeds
+	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/service --ignore tests/seeds
 
 dist: $(STAMP)  ## sdist and wheel into dist/
 	rm -rf dist
@@ -64,9 +64,13 @@ chaos: $(STAMP)  ## half an hour of load while engines and workers die, hang and
 chaos-smoke: $(STAMP)  ## the same for less than two minutes
 	PYTHONPATH=tests $(BIN)/python -m chaos --seconds 45 --clients 12 --seed 3
 
+# What differs there is the language and the libraries. These tests add only more of the same, thousands of requests
+# and deaths at random moments, so that once, in `make test`, is enough.
+ENDURANCE := $(addprefix tests/service/test_,full_disk.py ledger_chaos.py overload.py survival.py)
+
 OLD_PYTHON ?= python3.10
 test-oldest: .venv310/.installed  ## the tests on Python 3.10 with the lowest versions that pyproject.toml allows
-	.venv310/bin/python -m pytest $(PARALLEL) --ignore tests/seeds
+	.venv310/bin/python -m pytest $(PARALLEL) $(addprefix --ignore ,tests/seeds $(ENDURANCE))
 
 .venv310/.installed: pyproject.toml tools/lowest.py
 	@test -x .venv310/bin/python || $(OLD_PYTHON) -m venv .venv310
