@@ -65,8 +65,8 @@ chaos-smoke: $(STAMP)  ## the same for less than two minutes
 	PYTHONPATH=tests $(BIN)/python -m chaos --seconds 45 --clients 12 --seed 3
 
 # What differs there is the language and the libraries. These tests add only more of the same, thousands of requests
-# and deaths at random moments, so that once, in `make test`, is enough.
-ENDURANCE := $(addprefix tests/service/test_,full_disk.py ledger_chaos.py overload.py survival.py)
+# and deaths at random moments, so that once, in `make test`, is enough; as is `make test-vllm`.
+ENDURANCE := $(addprefix tests/service/test_,full_disk.py ledger_chaos.py overload.py survival.py vllm.py)
 
 OLD_PYTHON ?= python3.10
 test-oldest: .venv310/.installed  ## the tests on Python 3.10 with the lowest versions that pyproject.toml allows
