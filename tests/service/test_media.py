@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fakes.chat_upstream import ANSWER, ChatUpstream
-from fakes.configs import ENGINE, PATIENT, upstream_model
+from fakes.chat_upstream import ANSWER, ChatUpstream, answering_all
+from fakes.configs import ENGINE, IMPATIENT, PATIENT, upstream_model
 from fakes.files import Files
 from fakes.http_server import Peer, Request, ok
-from fakes.observe import metrics, watched
+from fakes.observe import descendants, metrics, watched
 from fakes.pictures import CHINESE, as_data_url, drawn
-from fakes.service import Service
-from fakes.wire import Answer, call, request, sse
+from fakes.service import Service, eventually
+from fakes.wire import Answer, Wire, call, request, sse, text_of
 
 MEDIA = """
 [media]
@@ -296,3 +300,44 @@ def test_a_model_elsewhere_that_fails_is_told(elsewhere: Service, upstream: Chat
     assert (got.status, got.error["code"]) == (503, "media_endpoint_failed")
     assert "their-eyes" not in got.error["message"]
     assert got.headers["retry-after"] == "5"
+
+
+def test_a_client_waits_with_keep_alives_and_may_leave(start: Any, upstream: ChatUpstream):
+    """While its picture is looked at: then the model elsewhere is left, too."""
+    service = start(IMPATIENT + upstream_model("relay", upstream) + ELSEWHERE.format(url=upstream.url))
+    asked = body("relay", picture(as_data_url(drawn("Long"))), stream=True)
+    upstream.play(lambda peer, _: upstream.leave(peer))
+    with Wire(service.port) as wire:
+        wire.send(request("POST", "/v1/chat/completions", asked, service.key))
+        assert wire.head()[0] == 200
+        assert wire.chunk() == b": keep-alive\n\n"
+    upstream.gone.get(timeout=30)
+    upstream.play(describing_streams)
+    assert text_of(ask(service, asked).body) == "hello"
+    assert service.stop() == 0
+
+
+async def describing_streams(peer: Peer, request: Request) -> None:
+    await (answering_all if b"their-model" in request.body else describing)(peer, request)
+
+
+def test_a_reader_that_was_killed_is_replaced(media: Service, upstream: ChatUpstream):
+    asked = body("relay", picture(as_data_url(drawn("Before"))))
+    assert ask(media, asked).status == 200
+    [reader] = readers(media)
+    os.kill(reader, signal.SIGKILL)
+    eventually(lambda: not Path(f"/proc/{reader}").exists(), what="its end, known to the worker")
+    assert ask(media, body("relay", picture(as_data_url(drawn("After"))))).status == 200
+    [successor] = readers(media)
+    assert successor != reader
+
+
+def readers(service: Service) -> list[int]:
+    """The processes in which pictures are read."""
+    return [pid for pid in descendants(service.process.pid) if b"ocr_child" in command_line(pid)]
+
+
+def command_line(pid: int) -> bytes:
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
